@@ -1,0 +1,94 @@
+"""Which implementation serves a call, and why another cannot.
+
+`impl="auto"` takes the fastest that works on the tensor's device; the environment variable ADASELECT_IMPL overrides it.
+An explicit implementation is used or refused with the reasons, never replaced.
+"""
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from adaselect_kernels import ops, reference
+
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "ADASELECT_IMPL"
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("adaselect_kernels._C"), ""
+    except ImportError as error:
+        return None, f"the compiled extension is missing or does not load: {error}"
+
+
+EXTENSION, EXTENSION_ERROR = _load_extension()  # loading it registers the CPU kernels
+
+
+def triton_interpreted() -> bool:
+    """Triton kernels run on the CPU, interpreted: TRITON_INTERPRET=1 was set before Triton was imported."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def unavailable(impl: str, device: torch.device) -> str | None:
+    """Why `impl` cannot serve tensors on `device`; None when it can."""
+    if impl == "reference":
+        return None
+    if impl == "cpu":
+        if EXTENSION is None:
+            return EXTENSION_ERROR
+        return None if device.type == "cpu" else f"it serves cpu tensors, got {device}"
+    if impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if device.type == "cuda":
+            return "TRITON_INTERPRET is set, which serves cpu tensors only" if triton_interpreted() else None
+        if device.type != "cpu":
+            return f"it serves cuda tensors, got {device}"
+        if not triton_interpreted():
+            return "it serves cuda tensors, got cpu (set TRITON_INTERPRET=1 before the first import to interpret it)"
+        return "the interpreter cannot be traced by torch.compile" if torch.compiler.is_compiling() else None
+    return "no operator of this function has a CUDA C++ kernel: the Triton one is the fastest, use impl='triton'"
+
+
+def resolve(impl: str, device: torch.device):
+    """The object whose attributes are the operators of ops.py, for `impl` on `device`.
+
+    Raises ValueError for an unknown name, RuntimeError with every reason when an explicit request cannot be served.
+    """
+    if impl == "auto":
+        impl = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if impl == "auto":
+        impl = _fastest(device)
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}; got {impl!r}")
+    reason = unavailable(impl, device)
+    if reason is not None:
+        others = "; ".join(f"{name}: {unavailable(name, device) or 'available'}" for name in IMPLS[1:] if name != impl)
+        raise RuntimeError(f"impl={impl!r} is not available for {device}: {reason}. Others: {others}")
+    if impl == "reference":
+        return reference
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return torch.ops.adaselect
+    if impl == "cpu":
+        return EXTENSION
+    from adaselect_kernels import kernels
+
+    return kernels
+
+
+def _fastest(device: torch.device) -> str:
+    if device.type == "cpu" and EXTENSION is not None:
+        return "cpu"
+    if device.type == "cuda" and unavailable("triton", device) is None:
+        return "triton"
+    return "reference"
+
+
+__all__ = ["ENVIRONMENT_VARIABLE", "EXTENSION", "EXTENSION_ERROR", "IMPLS", "ops", "resolve", "triton_interpreted", "unavailable"]

@@ -1,0 +1,400 @@
+"""Public functions: what they compute, what they accept, and which implementation runs.
+
+Everything here is validated before any work: a refused call leaves its inputs and its state untouched.
+"""
+
+import math
+import numbers
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaselect_kernels import dispatch
+from adaselect_kernels.ops import rows_of
+from adaselect_kernels.options import (
+    METHODS,
+    ORDERS,
+    STATS,
+    UNITS,
+    AdaSelectionOptions,
+    PackedOptions,
+    check_methods,
+    require_choice,
+)
+from adaselect_kernels.state import AdaSelectionState, check_seed
+
+DEFAULT_METHODS = ("big_loss", "small_loss", "uniform")
+DEBUG_VARIABLE = "ADASELECT_DEBUG"
+
+_DEFAULT_OPTIONS = AdaSelectionOptions()
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_METHOD_CODES = {name: code for code, name in enumerate(METHODS)}
+_STAT_CODES = {name: code for code, name in enumerate(STATS)}
+
+
+class Selection(NamedTuple):
+    """What a selection returns; every tensor is on the device of the input and requires no gradient."""
+
+    indices: Tensor  # [k] int64, rows chosen
+    scores: Tensor  # [N] float32, -inf on invalid rows
+    losses: Tensor  # [N] float32
+    n_valid: Tensor  # [] int64, on the device
+
+
+class SampleStats(NamedTuple):
+    """Per-sample statistics, [N] float32 each (float64 for float64 logits); None where not asked for."""
+
+    loss: Tensor | None = None  # cross-entropy
+    lse: Tensor | None = None  # log sum_j exp z_j
+    grad_norm: Tensor | None = None  # norm of softmax(z) - onehot(y)
+    margin: Tensor | None = None  # z_y - max_{j != y} z_j
+    top2_margin: Tensor | None = None  # largest minus second largest logit
+    entropy: Tensor | None = None  # of softmax(z), in nats
+    confidence: Tensor | None = None  # p_y
+    correct: Tensor | None = None  # 1.0 if argmax_j z_j == y else 0.0
+
+
+def fused_select(
+    logits: Tensor,  # [N, C] or [N, T, C]; float16, bfloat16, float32, float64; any strides
+    targets: Tensor,  # [N] or [N, T]; int64 or int32
+    gamma: float,
+    *,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    state: AdaSelectionState | None = None,
+    options: AdaSelectionOptions | None = None,
+    unit: str = "sample",
+    order: str = "index",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+    impl: str = "auto",
+) -> Selection:
+    """Choose the k = clamp(floor(gamma N + 0.5), 1, N) samples most worth a backward pass, by AdaSelection.
+
+    One read of the logits gives the cross-entropy l_i and the gradient norm of every sample; the importances alpha_i^m of
+    `methods`, their weights w^m and the curriculum reward r_i give the score s_i = r_i sum_m w^m alpha_i^m, of which the
+    k largest are chosen, ties to the lower row (arXiv 2306.10728, equations 2 to 6; AdaSelectionOptions has the settings).
+
+    gamma: sampling rate, 0 < gamma <= 1.
+    methods: distinct names out of "big_loss", "small_loss", "grad_norm", "adaboost", "coreset1", "coreset2", "uniform".
+    state: carries w, the method losses and the step from call to call, updated in place; None is a fresh state (equal
+        weights, step 1), which leaves no trace.
+    unit: "sample": one loss per leading row, the mean over its positions that are not ignored. "token": every position
+        is a sample; indices count the flattened [N*T] positions, and k is taken of all of them.
+    order: of the indices; "index", ascending rows, or "score", best first.
+    ignore_index: rows with this target are invalid: loss 0, score -inf, chosen only when fewer than k rows are valid. So are
+        rows whose loss is NaN or infinite, which keep their loss.
+    label_smoothing: in [0, 1], as torch.nn.functional.cross_entropy defines it; the gradient norm uses the plain one-hot.
+    seed: of the noise of "uniform", for calls without a state.
+    impl: "auto", "reference", "cpu" or "triton".
+
+    Returns a Selection: indices [k] int64, scores [N] float32, losses [N] float32, n_valid [] int64 on the device.
+    Computes in float32, in float64 for float64 logits. Deterministic; not differentiable; never writes its inputs.
+    Memory beyond inputs and outputs: O(N).
+
+    Raises ValueError (gamma, an empty input, shapes or devices that disagree, an unknown name, a state of other methods or
+    another device), TypeError (dtypes), IndexError (on a CPU: a target outside [0, C) that is not ignore_index; on CUDA
+    such a row is invalid with loss NaN, and ADASELECT_DEBUG=1 raises), RuntimeError (impl cannot serve the call).
+
+    >>> logits = torch.tensor([[4.0, 0.0], [0.0, 1.0], [2.0, 2.0], [0.0, 3.0]])
+    >>> fused_select(logits, torch.tensor([0, 0, 1, 0]), gamma=0.5, methods=("big_loss",)).indices
+    tensor([1, 3])
+    """
+    options = _DEFAULT_OPTIONS if options is None else _check_options(options)
+    names = check_methods(methods)
+    return _select_from_logits(
+        logits, targets, gamma, names, state, options.packed, unit, order, ignore_index, label_smoothing, seed, impl
+    )
+
+
+def select_from_losses(
+    losses: Tensor,  # [N]; float16, bfloat16, float32, float64; any stride
+    gamma: float,
+    *,
+    grad_norms: Tensor | None = None,  # [N], of the dtype of losses; needed by the method "grad_norm"
+    methods: Sequence[str] = DEFAULT_METHODS,
+    state: AdaSelectionState | None = None,
+    options: AdaSelectionOptions | None = None,
+    order: str = "index",
+    seed: int = 0,
+    impl: str = "auto",
+) -> Selection:
+    """`fused_select` from per-sample losses that the caller has: regression, detection, any task.
+
+    A row is valid when its loss is finite and, where "grad_norm" is one of the methods, its gradient norm too. The other
+    arguments, the errors and the result are those of `fused_select`; `losses` of the result are the given ones as float32.
+
+    >>> select_from_losses(torch.tensor([0.1, 2.0, 0.5, 1.0]), gamma=0.5, methods=("big_loss",)).indices
+    tensor([1, 3])
+    """
+    options = _DEFAULT_OPTIONS if options is None else _check_options(options)
+    names = check_methods(methods)
+    return _select_from_losses(losses, grad_norms, gamma, names, state, options.packed, order, seed, impl)
+
+
+def baseline_select(
+    logits: Tensor,
+    targets: Tensor,
+    gamma: float,
+    method: str,
+    *,
+    state: AdaSelectionState | None = None,
+    unit: str = "sample",
+    order: str = "index",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+    impl: str = "auto",
+) -> Selection:
+    """What `method` alone chooses (AdaSelection section 3.1), on its raw key instead of a softmax importance.
+
+    | method | chooses | score |
+    |---|---|---|
+    | uniform | k largest of i.i.d. noise E | E |
+    | big_loss | k largest losses | l |
+    | small_loss | k smallest losses | -l |
+    | grad_norm | k largest gradient norms | g |
+    | adaboost | k largest a = 0.5 log((1+t)/(1-t)), t = max(l, 0) / ((1 + 1e-6) max l): monotone in l, equals big_loss | a |
+    | coreset1 | ceil(k/2) largest and floor(k/2) smallest losses, disjoint | max(l - min l, max l - l) |
+    | coreset2 | k smallest abs(l - mean l) | -abs(l - mean l) |
+
+    `state` (of this one method) only advances its step, which the noise of "uniform" draws from. Arguments, errors and
+    result otherwise as in `fused_select`.
+    """
+    names = check_methods((method,))
+    return _select_from_logits(
+        logits, targets, gamma, names, state, _BASELINE, unit, order, ignore_index, label_smoothing, seed, impl
+    )
+
+
+def baseline_select_from_losses(
+    losses: Tensor,
+    gamma: float,
+    method: str,
+    *,
+    grad_norms: Tensor | None = None,
+    state: AdaSelectionState | None = None,
+    order: str = "index",
+    seed: int = 0,
+    impl: str = "auto",
+) -> Selection:
+    """`baseline_select` from per-sample losses [N] (and gradient norms [N] for "grad_norm") that the caller has."""
+    names = check_methods((method,))
+    return _select_from_losses(losses, grad_norms, gamma, names, state, _BASELINE, order, seed, impl)
+
+
+def per_sample_stats(
+    logits: Tensor,  # [N, C] or [N, T, C]; float16, bfloat16, float32, float64; any strides
+    targets: Tensor,  # [N] or [N, T]; int64 or int32
+    *,
+    stats: Sequence[str] = ("loss", "grad_norm"),
+    unit: str = "sample",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    impl: str = "auto",
+) -> SampleStats:
+    """Any subset of the per-sample statistics from one read of the logits.
+
+    With m = max_j z_j, e_j = exp(z_j - m), d = sum_j e_j and the target y:
+
+    | name | formula |
+    |---|---|
+    | loss | log d - (z_y - m), with label smoothing as torch.nn.functional.cross_entropy defines it |
+    | lse | m + log d |
+    | grad_norm | sqrt(S1^2 + S2) / d, S1 = sum_{j != y} e_j, S2 = sum_{j != y} e_j^2: norm of softmax(z) - onehot(y) |
+    | margin | z_y - max_{j != y} z_j (label margin, signed) |
+    | top2_margin | largest minus second largest logit |
+    | entropy | log d - sum_j e_j (z_j - m) / d, in nats; 0 * -inf counts 0 |
+    | confidence | p_y = exp(-loss without smoothing) |
+    | correct | 1.0 if argmax_j z_j == y else 0.0; the lowest class wins a tie |
+
+    grad_norm is the last-layer bound of Katharopoulos & Fleuret 2018, also EL2N. A sample of [N, T, C] logits under
+    unit="sample" has the mean over its positions that are not ignored, except grad_norm = sqrt(sum_t g_t^2) / (their
+    number), the norm for the mean loss. Ignored rows have statistics 0. With one class both margins are +inf.
+
+    Returns SampleStats, [N] float32 each (float64 for float64 logits), None where not asked for. Not differentiable.
+    Raises as `fused_select` does, and ValueError for unknown, repeated or no stats.
+
+    >>> stats = per_sample_stats(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), stats=("margin", "correct"))
+    >>> stats.margin, stats.correct, stats.loss
+    (tensor([2.]), tensor([1.]), None)
+    """
+    if isinstance(stats, str) or not isinstance(stats, (tuple, list)):
+        raise TypeError(f"stats must be a tuple or list of names, got {stats!r}")
+    for stat in stats:
+        require_choice("stats", stat, STATS)
+    if not stats or len(set(stats)) != len(stats):
+        raise ValueError(f"stats must be distinct and at least one, got {tuple(stats)!r}")
+    _check_logits(logits, targets, unit, ignore_index, label_smoothing)
+    backend = dispatch.resolve(impl, logits.device)
+    codes = [_STAT_CODES[stat] for stat in stats]
+    if logits.requires_grad:
+        logits = logits.detach()
+    table = backend.per_sample_stats(logits, targets, codes, unit, ignore_index, float(label_smoothing))
+    return SampleStats(**dict(zip(stats, table.unbind(0), strict=True)))
+
+
+def select_topk(
+    scores: Tensor,  # [N]; float16, bfloat16, float32, float64; any stride
+    k: int,
+    *,
+    largest: bool = True,
+    order: str = "score",
+    impl: str = "auto",
+) -> Tensor:
+    """Rows of the k best scores, exact and deterministic: ties go to the lower row, -0.0 equals 0.0, NaN comes last.
+
+    largest: the largest scores are best, or the smallest.
+    order: "score", best first, or "index", ascending rows, which is cheaper to find and to gather.
+    Returns indices [k] int64. Memory beyond inputs and outputs: O(N). Not differentiable.
+    Raises ValueError (k outside [1, N], no scores, not one-dimensional, unknown order), TypeError (dtypes).
+
+    >>> select_topk(torch.tensor([1.0, 3.0, 2.0, 3.0]), 3)
+    tensor([1, 3, 2])
+    """
+    _check_float_vector("scores", scores)
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k must be an int, got {k!r}")
+    if not 1 <= k <= scores.shape[0]:
+        raise ValueError(f"k must be in [1, N] = [1, {scores.shape[0]}], got {k}")
+    if not isinstance(largest, bool):
+        raise TypeError(f"largest must be a bool, got {largest!r}")
+    require_choice("order", order, ORDERS)
+    return dispatch.resolve(impl, scores.device).select_topk(scores.detach(), k, largest, order)
+
+
+def selected_count(gamma: float, n: int) -> int:
+    """k = clamp(floor(gamma n + 0.5), 1, n). Raises TypeError or ValueError for a gamma outside (0, 1]."""
+    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
+        raise TypeError(f"gamma must be a number in (0, 1], got {gamma!r}")
+    if not 0.0 < gamma <= 1.0:
+        raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
+    return min(max(math.floor(gamma * n + 0.5), 1), n)
+
+
+_BASELINE: PackedOptions = _DEFAULT_OPTIONS.packed._replace(baseline=1.0)
+
+
+def _select_from_logits(
+    logits, targets, gamma, names, state, packed, unit, order, ignore_index, label_smoothing, seed, impl
+) -> Selection:
+    _check_logits(logits, targets, unit, ignore_index, label_smoothing)
+    k = selected_count(gamma, rows_of(logits, unit))
+    require_choice("order", order, ORDERS)
+    buffer, seed = _check_state(state, names, logits.device, seed)
+    backend = dispatch.resolve(impl, logits.device)
+    if logits.requires_grad:
+        logits = logits.detach()
+    codes = [_METHOD_CODES[name] for name in names]
+    return Selection(
+        *backend.fused_select(
+            logits, targets, buffer, codes, k, unit, order, ignore_index, float(label_smoothing), seed, packed
+        )
+    )
+
+
+def _select_from_losses(losses, grad_norms, gamma, names, state, packed, order, seed, impl) -> Selection:
+    _check_float_vector("losses", losses)
+    k = selected_count(gamma, losses.shape[0])
+    if "grad_norm" in names:
+        if grad_norms is None:
+            raise ValueError("the method 'grad_norm' needs grad_norms [N], got None")
+        _check_float_vector("grad_norms", grad_norms)
+        if grad_norms.shape != losses.shape or grad_norms.device != losses.device or grad_norms.dtype != losses.dtype:
+            raise ValueError(f"grad_norms must be like losses, {_describe(losses)}, got {_describe(grad_norms)}")
+        grad_norms = grad_norms.detach()
+    else:
+        grad_norms = None
+    require_choice("order", order, ORDERS)
+    buffer, seed = _check_state(state, names, losses.device, seed)
+    backend = dispatch.resolve(impl, losses.device)
+    losses = losses.detach()
+    if not math.isnan(packed.curriculum_power) and _may_synchronise(losses):
+        negative = (losses < 0) & losses.isfinite()
+        if negative.any():
+            row = int(negative.to(torch.int8).argmax())
+            raise ValueError(f"a curriculum needs losses >= 0, got {float(losses[row])} in row {row}")
+    codes = [_METHOD_CODES[name] for name in names]
+    indices, scores, n_valid = backend.select_from_losses(losses, grad_norms, buffer, codes, k, order, seed, packed)
+    return Selection(indices, scores, losses.to(torch.float32), n_valid)
+
+
+def _check_options(options: AdaSelectionOptions) -> AdaSelectionOptions:
+    if not isinstance(options, AdaSelectionOptions):
+        raise TypeError(f"options must be AdaSelectionOptions, got {type(options).__name__}")
+    return options
+
+
+def _check_logits(logits: Tensor, targets: Tensor, unit: str, ignore_index: int, label_smoothing: float) -> None:
+    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
+        raise TypeError(f"logits and targets must be tensors, got {type(logits).__name__}, {type(targets).__name__}")
+    if logits.dtype not in _FLOATS:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets must be int64 or int32, got {targets.dtype}")
+    shape = logits.shape
+    if len(shape) not in (2, 3):
+        raise ValueError(f"logits must be [N, C] or [N, T, C], got shape {tuple(shape)}")
+    if targets.shape != shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape {tuple(shape[:-1])} of logits {tuple(shape)} without classes,"
+            f" got {tuple(targets.shape)}"
+        )
+    if 0 in shape:
+        raise ValueError(f"logits must not be empty, got shape {tuple(shape)}")
+    if targets.device != logits.device:
+        raise ValueError(f"targets must be on the device of logits, {logits.device}, got {targets.device}")
+    require_choice("unit", unit, UNITS)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
+        raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if logits.device.type == "cuda" and _may_synchronise(logits):
+        bad = (targets != ignore_index) & ((targets < 0) | (targets >= shape[-1]))
+        if bad.any():
+            row = int(bad.flatten().to(torch.int8).argmax())
+            raise IndexError(
+                f"target {int(targets.flatten()[row])} of row {row} is outside [0, {shape[-1]}) and not"
+                f" ignore_index={ignore_index}"
+            )
+
+
+def _may_synchronise(tensor: Tensor) -> bool:
+    """Host checks of values: always on a CPU, on request elsewhere, never while tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+def _check_float_vector(name: str, values: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+    if values.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {values.dtype}")
+    if values.dim() != 1 or values.shape[0] == 0:
+        raise ValueError(f"{name} must be [N] with N >= 1, got shape {tuple(values.shape)}")
+
+
+def _check_state(
+    state: AdaSelectionState | None, names: tuple[str, ...], device: torch.device, seed: int
+) -> tuple[Tensor | None, int]:
+    """The operators' state buffer and the seed as a signed 64-bit pattern."""
+    if state is not None:
+        if not isinstance(state, AdaSelectionState):
+            raise TypeError(f"state must be an AdaSelectionState, got {type(state).__name__}")
+        if state.methods != names:
+            raise ValueError(f"state is of methods {state.methods!r}, the call names {names!r}")
+        if state.device != device:
+            raise ValueError(f"state must be on the device of the input, {device}, got {state.device}")
+        seed = state.seed
+    seed = check_seed(seed)
+    return (None if state is None else state.buffer), (seed - 2**64 if seed >= 2**63 else seed)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

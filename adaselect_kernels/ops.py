@@ -1,0 +1,97 @@
+"""Every operator: schema, fake (shape) implementation, and where its implementations come from.
+
+Importing this module needs neither Triton nor the compiled extension. The extension registers the CPU kernels itself when
+it is loaded (dispatch.py); the CUDA kernels are the Triton launchers, imported at their first call.
+
+All backends (reference.py, the extension, kernels/) implement these signatures:
+
+per_sample_stats   -> [S, N] float32 (float64 for float64 logits), one row per entry of `stats`, a position in STATS.
+batch_scores       -> scores [N] float32, n_valid [] int64; `state` ([2M + 1] float64, see state.py) is updated in place.
+select_topk        -> [k] int64; best `k` of `scores` [N], ties to the lower row, NaN last.
+select_from_losses -> indices [k], scores [N], n_valid []: batch_scores and select_topk in one call.
+fused_select       -> indices [k], scores [N], losses [N] float32, n_valid []: all three stages in one call.
+
+`methods` are positions in METHODS, `options` is a PackedOptions, `seed` a 64-bit pattern as a signed integer,
+`state=None` a fresh state. A row outside `valid` (None: all) or of non-finite loss is invalid: score -inf, importance 0;
+so is one of non-finite grad_norm when the grad_norm method is asked for.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("adaselect", "DEF")
+
+SCHEMAS = {
+    "per_sample_stats": "(Tensor logits, Tensor targets, int[] stats, str unit, int ignore_index, float label_smoothing)"
+    " -> Tensor",
+    "batch_scores": "(Tensor losses, Tensor? grad_norms, Tensor? valid, Tensor(a!)? state, int[] methods, int k, int seed,"
+    " float[] options) -> (Tensor, Tensor)",
+    "select_topk": "(Tensor scores, int k, bool largest, str order) -> Tensor",
+    "select_from_losses": "(Tensor losses, Tensor? grad_norms, Tensor(a!)? state, int[] methods, int k, str order, int seed,"
+    " float[] options) -> (Tensor, Tensor, Tensor)",
+    "fused_select": "(Tensor logits, Tensor targets, Tensor(a!)? state, int[] methods, int k, str unit, str order,"
+    " int ignore_index, float label_smoothing, int seed, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+def _cuda_kernel(name: str):
+    def launch(*args):
+        from adaselect_kernels import kernels
+
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)  # k may be symbolic: no value-dependent shape
+    LIBRARY.impl(_name, _cuda_kernel(_name), "CUDA")
+    # Selection is not differentiable: skip autograd, so that outputs never require a gradient.
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def rows_of(logits: Tensor, unit: str) -> int:
+    """How many samples `logits` [N, C] or [N, T, C] holds under `unit`."""
+    return logits.shape[0] * logits.shape[1] if logits.dim() == 3 and unit == "token" else logits.shape[0]
+
+
+@torch.library.register_fake("adaselect::per_sample_stats", lib=LIBRARY)
+def _(
+    logits: Tensor, targets: Tensor, stats: Sequence[int], unit: str, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty((len(stats), rows_of(logits, unit)), dtype=dtype)
+
+
+@torch.library.register_fake("adaselect::batch_scores", lib=LIBRARY)
+def _(losses, grad_norms, valid, state, methods, k, seed, options) -> tuple[Tensor, Tensor]:
+    return losses.new_empty((losses.shape[0],), dtype=torch.float32), losses.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("adaselect::select_topk", lib=LIBRARY)
+def _(scores: Tensor, k: int, largest: bool, order: str) -> Tensor:
+    return scores.new_empty((k,), dtype=torch.int64)
+
+
+@torch.library.register_fake("adaselect::select_from_losses", lib=LIBRARY)
+def _(losses, grad_norms, state, methods, k, order, seed, options) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        losses.new_empty((k,), dtype=torch.int64),
+        losses.new_empty((losses.shape[0],), dtype=torch.float32),
+        losses.new_empty((), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("adaselect::fused_select", lib=LIBRARY)
+def _(
+    logits, targets, state, methods, k, unit, order, ignore_index, label_smoothing, seed, options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = rows_of(logits, unit)
+    return (
+        logits.new_empty((k,), dtype=torch.int64),
+        logits.new_empty((n,), dtype=torch.float32),
+        logits.new_empty((n,), dtype=torch.float32),
+        logits.new_empty((), dtype=torch.int64),
+    )

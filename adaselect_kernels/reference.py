@@ -1,0 +1,306 @@
+"""The oracle: every operator of ops.py in plain torch, obvious and slow, on any device and in any float dtype.
+
+Call it with float64 inputs to get the float64 oracle. It shares no code with the kernels.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adaselect_kernels.options import ADABOOST_EPS, METHODS, STATS, STD_EPS, PackedOptions
+
+_MASK32 = 0xFFFFFFFF
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 input, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def philox_uniform(rows: int, step: Tensor, seed: int) -> Tensor:
+    """u [rows] float64 in (0, 1), exact in float32: Philox 4x32-10, key = seed, counter = (row, step low, step high, 0).
+
+    Salmon et al. 2011. u = (floor(b / 512) + 0.5) 2^-23 of the first output word b.
+    """
+    counter = torch.arange(rows, device=step.device, dtype=torch.int64)
+    step = step.to(torch.int64)
+    c0, c1, c2, c3 = counter, (step & _MASK32).expand(rows), (step >> 32).expand(rows), torch.zeros_like(counter)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2^64: the high word is masked out
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ k0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return ((c0 >> 9).to(torch.float64) + 0.5) * 2.0**-23
+
+
+def valid_samples(targets: Tensor, unit: str, ignore_index: int) -> Tensor:
+    """[N] bool: samples with at least one position that is not ignored."""
+    kept = targets != ignore_index
+    if kept.dim() == 2:
+        kept = kept.flatten() if unit == "token" else kept.any(1)
+    return kept
+
+
+def per_sample_stats(
+    logits: Tensor, targets: Tensor, stats: Sequence[int], unit: str, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    classes = logits.shape[-1]
+    z = logits.reshape(-1, classes).to(compute_dtype(logits.dtype))
+    y = targets.reshape(-1).to(torch.int64)
+    kept = y != ignore_index
+    bad = kept & ((y < 0) | (y >= classes))
+    if z.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
+        row = int(bad.to(torch.int8).argmax())
+        raise IndexError(f"target {int(y[row])} of row {row} is outside [0, {classes}) and not ignore_index={ignore_index}")
+    y = torch.where(kept & ~bad, y, 0)
+    is_target = torch.arange(classes, device=z.device) == y[:, None]
+
+    m = z.amax(1)
+    x = z - m[:, None]  # z_j - m
+    e = x.exp()
+    others = e.masked_fill(is_target, 0.0)
+    s1, s2 = others.sum(1), others.square().sum(1)
+    e_y = e.gather(1, y[:, None])[:, 0]
+    z_y = z.gather(1, y[:, None])[:, 0]
+    d = s1 + e_y
+    log_d = torch.where(e_y == 1, s1.log1p(), d.log())
+    nll = log_d - (z_y - m)
+    two = z.topk(min(2, classes), dim=1).values
+    first = torch.where(z == m[:, None], torch.arange(classes, device=z.device), classes).amin(1)
+    columns = {
+        "loss": nll,
+        "lse": m + log_d,
+        "grad_norm": (s1.square() + s2).sqrt() / d,
+        "margin": z_y - z.masked_fill(is_target, -math.inf).amax(1),
+        "top2_margin": two[:, 0] - two[:, 1] if classes > 1 else torch.full_like(m, math.inf),
+        "entropy": log_d - torch.where(e == 0, 0.0, e * x).sum(1) / d,
+        "confidence": (-nll).exp(),
+        "correct": (first == y).to(z.dtype),
+    }
+    if label_smoothing > 0:  # (1 - eps) nll + eps / C sum_j (lse - z_j)
+        columns["loss"] = (1 - label_smoothing) * nll + label_smoothing * (log_d - x.sum(1) / classes)
+    rows = [torch.where(bad, math.nan, torch.where(kept, columns[STATS[i]], 0.0)) for i in stats]
+    if logits.dim() == 3 and unit == "sample":
+        rows = [_mean_over_positions(STATS[i], row, kept, logits.shape[:2]) for i, row in zip(stats, rows, strict=True)]
+    return torch.stack(rows)
+
+
+def _mean_over_positions(stat: str, values: Tensor, kept: Tensor, shape: Sequence[int]) -> Tensor:
+    count = kept.view(*shape).sum(1)
+    values = values.view(*shape)
+    if stat == "grad_norm":  # the norm for the mean loss
+        mean = values.square().sum(1).sqrt() / count
+    else:
+        mean = values.sum(1) / count
+    return torch.where(count > 0, mean, 0.0)
+
+
+def batch_scores(
+    losses: Tensor,
+    grad_norms: Tensor | None,
+    valid: Tensor | None,
+    state: Tensor | None,
+    methods: Sequence[int],
+    k: int,
+    seed: int,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    opts = PackedOptions.unpack(options)
+    names = [METHODS[i] for i in methods]
+    dtype = compute_dtype(losses.dtype)
+    ok = losses.isfinite() if valid is None else losses.isfinite() & valid
+    if "grad_norm" in names:
+        assert grad_norms is not None
+        ok = ok & grad_norms.isfinite()
+        grad_norms = torch.where(ok, grad_norms.to(dtype), 0.0)
+    losses = torch.where(ok, losses.to(dtype), 0.0)
+    n_valid = ok.sum()
+    m = len(names)
+    if state is None:
+        state = torch.tensor([-math.log(m)] * m + [math.nan] * m + [1.0], dtype=torch.float64, device=losses.device)
+    noise = -philox_uniform(len(losses), state[2 * m], seed).to(dtype).log() if "uniform" in names else None
+
+    if opts.baseline:
+        scores = baseline_key(names[0], losses, grad_norms, ok, noise)
+    else:
+        importances = [importance(name, losses, grad_norms, ok, noise, opts) for name in names]
+        if opts.method_loss == 0:
+            method_losses = torch.stack([(alpha * losses).sum() for alpha in importances])
+        else:
+            chosen = [baseline_topk(name, losses, grad_norms, ok, noise, k) for name in names]
+            method_losses = torch.stack([losses[rows][ok[rows]].mean() for rows in chosen])
+        method_losses = torch.where(n_valid > 0, method_losses.to(torch.float64), math.nan)
+        weights = update_weights(state, m, method_losses, opts)
+        scores = sum(weights[i].to(dtype) * importances[i] for i in range(m)) * reward(losses, n_valid, state[2 * m], opts)
+    scores = torch.where(ok, scores, -math.inf).to(torch.float32)
+    state[2 * m] += 1
+    return scores, n_valid
+
+
+def _mean_std(values: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+    count = ok.sum()
+    mean = values.sum() / count  # values are 0 on invalid rows
+    return mean, (torch.where(ok, values - mean, 0.0).square().sum() / count).sqrt()
+
+
+def importance(name: str, losses: Tensor, grad_norms: Tensor | None, ok: Tensor, noise: Tensor | None, opts) -> Tensor:
+    """alpha [N] of one method: sums to 1 over valid rows, 0 on the others."""
+
+    def standardized(values: Tensor) -> Tensor:
+        if not opts.standardize:
+            return values
+        mean, std = _mean_std(values, ok)
+        return (values - mean) / (std + STD_EPS)
+
+    def softmax(values: Tensor) -> Tensor:
+        values = torch.where(ok, values / opts.temperature, -math.inf)
+        e = torch.where(ok, (values - values.max()).exp(), 0.0)
+        return e / e.sum()
+
+    def normalized(values: Tensor) -> Tensor:
+        values = torch.where(ok, values, 0.0)
+        total = values.sum()
+        return torch.where(total == 0, ok / ok.sum(), values / total)
+
+    if name == "big_loss":
+        return softmax(standardized(losses))
+    if name == "small_loss":
+        return softmax(-standardized(losses))
+    if name == "grad_norm":
+        assert grad_norms is not None
+        return softmax(standardized(grad_norms))
+    if name == "adaboost":
+        return normalized(adaboost_key(losses, ok))
+    if name == "coreset1":
+        u = standardized(losses)
+        return 0.5 * softmax(u) + 0.5 * softmax(-u)
+    if name == "coreset2":
+        u = standardized(losses)
+        mean, _ = _mean_std(torch.where(ok, u, 0.0), ok)
+        return softmax(-(u - mean).abs())
+    assert noise is not None
+    return normalized(noise)
+
+
+def adaboost_key(losses: Tensor, ok: Tensor) -> Tensor:
+    """a = 0.5 log((1 + t) / (1 - t)) of t = max(l, 0) / ((1 + eps) max l).
+
+    Written as 0.5 log(((1 + eps) max + l) / ((max - l) + eps max)), which does not cancel at l = max.
+    """
+    top = torch.where(ok, losses, -math.inf).max()
+    positive = losses.clamp(min=0)
+    a = 0.5 * (((1 + ADABOOST_EPS) * top + positive) / ((top - positive) + ADABOOST_EPS * top)).log()
+    return torch.where(ok & (top > 0), a, 0.0)
+
+
+def baseline_key(name: str, losses: Tensor, grad_norms: Tensor | None, ok: Tensor, noise: Tensor | None) -> Tensor:
+    """[N]: the method's k largest are its choice (coreset1 chooses from both ends: its key is the larger distance
+    from the middle of the range, for reporting; `baseline_topk` makes the choice)."""
+    if name == "big_loss":
+        return losses
+    if name == "small_loss":
+        return -losses
+    if name == "grad_norm":
+        assert grad_norms is not None
+        return grad_norms
+    if name == "adaboost":
+        return adaboost_key(losses, ok)
+    if name == "coreset1":
+        high = torch.where(ok, losses, -math.inf).max()
+        low = torch.where(ok, losses, math.inf).min()
+        return torch.maximum(losses - low, high - losses)
+    if name == "coreset2":
+        return -(losses - _mean_std(losses, ok)[0]).abs()
+    assert noise is not None
+    return noise
+
+
+def baseline_topk(
+    name: str, losses: Tensor, grad_norms: Tensor | None, ok: Tensor, noise: Tensor | None, k: int
+) -> Tensor:
+    """[k] rows the method alone chooses; invalid rows come last, ties go to the lower row."""
+    if name != "coreset1":
+        key = torch.where(ok, baseline_key(name, losses, grad_norms, ok, noise), -math.inf)
+        return select_topk(key, k, True, "score")
+    largest = select_topk(torch.where(ok, losses, -math.inf), k - k // 2, True, "score")
+    rest = torch.where(ok, -losses, -math.inf).index_fill(0, largest, math.nan)  # NaN: after the invalid rows
+    return torch.cat([largest, select_topk(rest, k // 2, True, "score")]) if k > 1 else largest
+
+
+def update_weights(state: Tensor, m: int, method_losses: Tensor, opts: PackedOptions) -> Tensor:
+    """Equation 3 on state = (log w, L, t), in place; returns the new w [m] float64."""
+    log_w, previous = state[:m], state[m : 2 * m]
+    if opts.update == 0:
+        increment = (previous - method_losses) / previous
+    else:
+        positive = (previous > 0) & (method_losses > 0)
+        increment = torch.where(positive, (previous / method_losses).log(), math.nan)
+    log_w = torch.where(increment.isfinite(), log_w + opts.beta * increment, log_w)
+    log_w = log_w - log_w.logsumexp(0)
+    if opts.weight_floor > 0:
+        log_w = _apply_floor(log_w.exp(), opts.weight_floor / m).log()
+    state[:m] = log_w
+    state[m : 2 * m] = torch.where(method_losses.isfinite(), method_losses, previous)
+    return log_w.exp()
+
+
+def _apply_floor(weights: Tensor, floor: float) -> Tensor:
+    """Clip at `floor` and rescale the rest to keep the sum 1; repeated, as the rescaling can push another one below."""
+    clipped = torch.zeros_like(weights, dtype=torch.bool)
+    scaled = weights
+    for _ in range(len(weights)):
+        clipped = clipped | (scaled <= floor)
+        rest = torch.where(clipped, 0.0, weights)
+        share = 1 - floor * clipped.sum()
+        scaled = torch.where(clipped, floor, rest * (share / rest.sum()))
+    return scaled / scaled.sum()
+
+
+def reward(losses: Tensor, n_valid: Tensor, step: Tensor, opts: PackedOptions) -> Tensor | float:
+    """r [N] of equation 4; 1 without a curriculum or when the losses are all zero."""
+    if math.isnan(opts.curriculum_power):
+        return 1.0
+    total = losses.square().sum()
+    scale = total if opts.curriculum_scale == 0 else (total / n_valid).sqrt()
+    strength = (step**opts.curriculum_power).to(losses.dtype)
+    return torch.where(total > 0, (-strength * losses / scale).exp(), 1.0)
+
+
+def select_topk(scores: Tensor, k: int, largest: bool, order: str) -> Tensor:
+    ranked = torch.sort(scores, descending=largest, stable=True).indices
+    nan_last = torch.sort(scores.isnan()[ranked].to(torch.int8), stable=True).indices
+    chosen = ranked[nan_last][:k]
+    return chosen.sort().values if order == "index" else chosen
+
+
+def select_from_losses(losses, grad_norms, state, methods, k, order, seed, options) -> tuple[Tensor, Tensor, Tensor]:
+    scores, n_valid = batch_scores(losses, grad_norms, None, state, methods, k, seed, options)
+    return _choose(losses, None, scores, methods, k, order, options), scores, n_valid
+
+
+def fused_select(
+    logits, targets, state, methods, k, unit, order, ignore_index, label_smoothing, seed, options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = (STATS.index("loss"), STATS.index("grad_norm"))
+    losses, grad_norms = per_sample_stats(logits, targets, wanted, unit, ignore_index, label_smoothing)
+    valid = valid_samples(targets, unit, ignore_index)
+    scores, n_valid = batch_scores(losses, grad_norms, valid, state, methods, k, seed, options)
+    return _choose(losses, valid, scores, methods, k, order, options), scores, losses.to(torch.float32), n_valid
+
+
+def _choose(losses, valid, scores, methods, k, order, options) -> Tensor:
+    if not (PackedOptions.unpack(options).baseline and METHODS[methods[0]] == "coreset1"):
+        return select_topk(scores, k, True, order)
+    ok = losses.isfinite() if valid is None else losses.isfinite() & valid
+    chosen = baseline_topk("coreset1", torch.where(ok, losses, 0.0), None, ok, None, k)
+    if order == "index":
+        return chosen.sort().values
+    taken = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, chosen, True)
+    return select_topk(torch.where(taken, scores, math.nan), k, True, "score")
