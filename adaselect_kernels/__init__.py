@@ -1,5 +1,6 @@
 """Choose, inside each training step, the samples or tokens worth a backward pass."""
 
+from adaselect_kernels._version import __version__
 from adaselect_kernels.functional import (
     SampleStats,
     Selection,
@@ -11,4 +12,14 @@ from adaselect_kernels.functional import (
 from adaselect_kernels.options import AdaSelectionOptions
 from adaselect_kernels.state import AdaSelectionState
 
-__version__ = "0.1.0"
+__all__ = [
+    "AdaSelectionOptions",
+    "AdaSelectionState",
+    "SampleStats",
+    "Selection",
+    "__version__",
+    "fused_select",
+    "per_sample_stats",
+    "select_from_losses",
+    "select_topk",
+]

@@ -1,0 +1,59 @@
+# `make demo` and `make test` need Python >= 3.10 and a C++ compiler; they set up everything else in .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+GROUPS ?=
+TIME_LIMIT ?= 540
+
+.PHONY: demo test build bench lint format gpu sanitize clean
+
+# The torch already installed when it is 2.10 or later (through a .pth file), else the pinned one.
+$(VENV)/.environment: constraints.txt tools/link_torch.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) tools/link_torch.py $(VENV) || $(PIP) torch==2.13.0
+	$(PIP) setuptools wheel ninja pybind11 numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.environment $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[demo]'
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/adaselect demo
+
+# Two processes: Triton decides when it is imported whether kernels are compiled or interpreted.
+test: export ADASELECT_REQUIRE_EXTENSION := 1
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_kernels.py
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/pyright
+
+format: $(VENV)/.tested
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+bench: $(VENV)/.tested
+	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m benchmarks report
+
+# On a machine with a GPU, which may have no network: uses the Python, torch and compilers found there.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m benchmarks gpu --groups "$(GROUPS)" --time-limit $(TIME_LIMIT)
+
+clean:
+	rm -rf build dist *.egg-info adaselect_kernels/*.so $(VENV)

@@ -1,0 +1,31 @@
+"""Shared fixtures: uninitialised memory is poisoned, random streams are fresh and printed, debug switches are off."""
+
+import os
+import random
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty is filled with NaN (or the largest integer), so that an output nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for variable in ("ADASELECT_IMPL", "ADASELECT_DEBUG"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def generator(request) -> torch.Generator:
+    """Fresh random inputs every run; ADASELECT_TEST_SEED repeats one. The seed is shown when the test fails."""
+    seed = int(os.environ.get("ADASELECT_TEST_SEED", random.SystemRandom().getrandbits(32)))
+    request.node.add_report_section("setup", "seed", f"ADASELECT_TEST_SEED={seed}")
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,170 @@
+"""What a right answer is: element-wise comparison with the float64 oracle, within PyTorch's own error.
+
+The budget of an element is twice the largest error of the same eager PyTorch computation in float32 over the batch, plus
+one rounding of the value (contract item 8). A selection must be exactly the k best of the scores it returns, and no row
+left out may beat a chosen one by more than the budget.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, Selection, reference
+from adaselect_kernels.options import METHODS, STATS
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def assert_within_budget(got: Tensor, oracle: Tensor, peer: Tensor, what: str) -> None:
+    """|got - oracle| <= 2 max |peer - oracle| + eps |oracle|; NaN and infinities agree exactly."""
+    eps = torch.finfo(got.dtype).eps
+    got, oracle, peer = got.double(), oracle.double(), peer.double()
+    finite = oracle.isfinite()
+    assert torch.equal(got[~finite].nan_to_num(nan=12345.0), oracle[~finite].nan_to_num(nan=12345.0)), what
+    assert got[finite].isfinite().all(), f"{what}: not finite where the oracle is"
+    if not finite.any():
+        return
+    usable = finite & peer.isfinite()
+    peer_error = (peer - oracle)[usable].abs().max().item() if usable.any() else 0.0
+    error = (got - oracle)[finite].abs()
+    allowed = 2 * peer_error + eps * oracle[finite].abs() + torch.finfo(torch.float32).tiny
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), (
+        f"{what}: element {int(worst)} is {got[finite][worst]:.9g}, oracle {oracle[finite][worst]:.9g},"
+        f" error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+    )
+
+
+def naive_stats(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> dict[str, Tensor]:
+    """The eager PyTorch computation in float32 (float64 for float64), [rows, C] with targets in range or ignored."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    kept = targets != ignore_index
+    y = torch.where(kept, targets.long(), 0)
+    one_hot = F.one_hot(y, z.shape[1]).bool()
+    p = z.softmax(1)
+    log_p = z.log_softmax(1)
+    z_y = z.gather(1, y[:, None])[:, 0]
+    top = z.topk(min(2, z.shape[1]), 1).values
+    stats = {
+        "loss": F.cross_entropy(z, y, reduction="none", label_smoothing=label_smoothing),
+        "lse": z.logsumexp(1),
+        "grad_norm": (p - one_hot.to(p.dtype)).norm(dim=1),
+        "margin": z_y - z.masked_fill(one_hot, -math.inf).amax(1),
+        "top2_margin": top[:, 0] - top[:, 1] if z.shape[1] > 1 else torch.full_like(z_y, math.inf),
+        "entropy": -torch.where(p == 0, 0.0, p * log_p).sum(1),
+        "confidence": p.gather(1, y[:, None])[:, 0],
+        "correct": (z.argmax(1) == y).to(z.dtype),
+    }
+    return {name: torch.where(kept, value, 0.0) for name, value in stats.items()}
+
+
+def oracle_stats(logits, targets, names, unit="sample", ignore_index=-100, label_smoothing=0.0) -> Tensor:
+    codes = [STATS.index(name) for name in names]
+    return reference.per_sample_stats(logits.double(), targets, codes, unit, ignore_index, float(label_smoothing))
+
+
+def float32_reference(logits, targets, gamma_k, state, names, options, unit, ignore_index, label_smoothing, seed):
+    """The reference run in float32: the same computation in eager PyTorch, used as the peer."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    return _run_reference(z, targets, gamma_k, state, names, options, unit, ignore_index, label_smoothing, seed)
+
+
+def _run_reference(logits, targets, k, state, names, options, unit, ignore_index, label_smoothing, seed):
+    codes = [METHODS.index(name) for name in names]
+    buffer = None if state is None else state.buffer
+    seed = seed if state is None else state.seed
+    return reference.fused_select(
+        logits, targets, buffer, codes, k, unit, "index", ignore_index, float(label_smoothing), seed, options.packed
+    )
+
+
+def expected_count(gamma: float, n: int) -> int:
+    return max(1, min(n, int(math.floor(gamma * n + 0.5))))
+
+
+def check_fused_select(
+    select,
+    logits: Tensor,
+    targets: Tensor,
+    gamma: float,
+    *,
+    methods=("big_loss", "small_loss", "uniform"),
+    state: AdaSelectionState | None = None,
+    options: AdaSelectionOptions | None = None,
+    unit="sample",
+    order="index",
+    ignore_index=-100,
+    label_smoothing=0.0,
+    seed=0,
+) -> Selection:
+    """Run `select` (a fused_select) once and compare everything it returns and leaves behind with the oracle."""
+    options = options or AdaSelectionOptions()
+    oracle_state, peer_state = copy.deepcopy(state), copy.deepcopy(state)
+    before = logits.clone(), targets.clone()
+    got = select(
+        logits, targets, gamma, methods=methods, state=state, options=options, unit=unit, order=order,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, seed=seed,
+    )  # fmt: skip
+    assert torch.equal(logits.nan_to_num(nan=7.5), before[0].nan_to_num(nan=7.5)), "logits were written"
+    assert torch.equal(targets, before[1]), "targets were written"
+
+    n = targets.numel() if unit == "token" else targets.shape[0]
+    k = expected_count(gamma, n)
+    common = (methods, options, unit, ignore_index, label_smoothing, seed)
+    _, oracle_scores, _, oracle_valid = _run_reference(logits.double(), targets, k, oracle_state, *common)
+    loss_row = oracle_stats(logits, targets, ("loss",), unit, ignore_index, label_smoothing)[0]
+    _, peer_scores, peer_losses, _ = float32_reference(logits, targets, k, peer_state, *common)
+
+    assert got.losses.dtype == got.scores.dtype == torch.float32
+    assert got.indices.dtype == got.n_valid.dtype == torch.int64
+    assert got.losses.shape == got.scores.shape == (n,)
+    assert got.n_valid.shape == ()
+    assert not any(t.requires_grad for t in got)
+    assert_within_budget(got.losses, loss_row, peer_losses, "losses")
+    assert int(got.n_valid) == int(oracle_valid)
+    allowed = check_scores(got.scores, oracle_scores, peer_scores)
+    check_choice(got.indices, got.scores, oracle_scores, k, order, allowed)
+    if state is not None:
+        check_state(state, oracle_state, peer_state)
+    return got
+
+
+def check_scores(got: Tensor, oracle: Tensor, peer: Tensor) -> float:
+    """Scores are products of several exponentials: relative budget on each, from the peer's relative error."""
+    assert torch.equal(got.isneginf(), oracle.isneginf()), "the valid rows differ"
+    finite = ~oracle.isneginf()
+    if not finite.any():
+        return 0.0
+    scale = oracle[finite].double().abs().max().item()
+    peer_error = (peer.double() - oracle.double())[finite].abs().max().item()
+    error = (got.double() - oracle.double())[finite].abs().max().item()
+    allowed = 2 * peer_error + 4 * EPS32 * scale
+    assert error <= allowed, f"scores: error {error:.3g} of {scale:.3g}, allowed {allowed:.3g}"
+    return allowed
+
+
+def check_choice(indices: Tensor, scores: Tensor, oracle: Tensor, k: int, order: str, allowed: float) -> None:
+    assert indices.shape == (k,), f"{len(indices)} rows chosen, expected {k}"
+    assert len(set(indices.tolist())) == k, "an index is repeated"
+    best_first = torch.sort(scores, descending=True, stable=True).indices[:k]
+    expected = best_first.sort().values if order == "index" else best_first
+    assert torch.equal(indices, expected), "not the k best of the returned scores, ties to the lower row"
+    out = torch.ones(len(oracle), dtype=torch.bool).index_fill(0, indices, False)
+    if out.any() and not oracle[indices].isneginf().any():
+        assert oracle[indices].min() >= oracle[out].max() - 2 * allowed, "a better row was left out"
+
+
+def check_state(got: AdaSelectionState, oracle: AdaSelectionState, peer: AdaSelectionState) -> None:
+    assert torch.equal(got.step, oracle.step), f"step {got.step}, expected {oracle.step}"
+    assert_within_budget(got.previous_losses, oracle.previous_losses, _loosened(peer, oracle, "previous_losses"), "L")
+    assert_within_budget(got.log_weights, oracle.log_weights, _loosened(peer, oracle, "log_weights"), "log w")
+
+
+def _loosened(peer, oracle, name) -> Tensor:
+    """The state is float64, its inputs are float32: the peer's error is at least a few float32 roundings."""
+    mine, right = getattr(peer, name), getattr(oracle, name)
+    least = 4 * EPS32 * (1 + right.abs())
+    return torch.where((mine - right).abs() < least, right + least, mine)
