@@ -8,7 +8,6 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 METHODS = ("big_loss", "small_loss", "grad_norm", "adaboost", "coreset1", "coreset2", "uniform")
@@ -88,11 +87,7 @@ class AdaSelectionOptions:
             _require_number("curriculum_power", self.curriculum_power, -math.inf, math.inf)
             if not math.isfinite(self.curriculum_power):
                 raise ValueError(f"curriculum_power must be finite or None, got {self.curriculum_power!r}")
-
-    @cached_property
-    def packed(self) -> PackedOptions:
-        """The operators' encoding, computed once."""
-        return PackedOptions(
+        packed = PackedOptions(
             beta=float(self.beta),
             temperature=float(self.temperature),
             standardize=float(self.standardize),
@@ -102,6 +97,12 @@ class AdaSelectionOptions:
             curriculum_power=math.nan if self.curriculum_power is None else float(self.curriculum_power),
             curriculum_scale=float(CURRICULUM_SCALES.index(self.curriculum_scale)),
         )
+        object.__setattr__(self, "_packed", packed)  # once: a call of 20 microseconds reads it
+
+    @property
+    def packed(self) -> PackedOptions:
+        """The operators' encoding."""
+        return self._packed  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _require_number(name: str, value: object, low: float, high: float) -> None:

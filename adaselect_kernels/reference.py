@@ -81,7 +81,7 @@ def per_sample_stats(
         "margin": z_y - z.masked_fill(is_target, -math.inf).amax(1),
         "top2_margin": two[:, 0] - two[:, 1] if classes > 1 else torch.full_like(m, math.inf),
         "entropy": log_d - torch.where(e == 0, 0.0, e * x).sum(1) / d,
-        "confidence": (-nll).exp(),
+        "confidence": e_y / d,  # = exp(-nll), one rounding less
         "correct": (first == y).to(z.dtype),
     }
     if label_smoothing > 0:  # (1 - eps) nll + eps / C sum_j (lse - z_j)
@@ -167,7 +167,7 @@ def importance(name: str, losses: Tensor, grad_norms: Tensor | None, ok: Tensor,
     def normalized(values: Tensor) -> Tensor:
         values = torch.where(ok, values, 0.0)
         total = values.sum()
-        return torch.where(total == 0, ok / ok.sum(), values / total)
+        return torch.where(total == 0, ok.to(values.dtype) / ok.sum(), values / total)
 
     if name == "big_loss":
         return softmax(standardized(losses))
@@ -258,7 +258,7 @@ def _apply_floor(weights: Tensor, floor: float) -> Tensor:
     for _ in range(len(weights)):
         clipped = clipped | (scaled <= floor)
         rest = torch.where(clipped, 0.0, weights)
-        share = 1 - floor * clipped.sum()
+        share = 1 - floor * clipped.sum().to(weights.dtype)
         scaled = torch.where(clipped, floor, rest * (share / rest.sum()))
     return scaled / scaled.sum()
 
