@@ -7,6 +7,10 @@ import pytest
 import torch
 
 
+# tests/gpu is collected only where it can run, instead of being reported as skipped.
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN (or the largest integer), so that an output nobody wrote is seen."""
