@@ -268,7 +268,7 @@ def select_topk(
 
 def selected_count(gamma: float, n: int) -> int:
     """k = clamp(floor(gamma n + 0.5), 1, n). Raises TypeError or ValueError for a gamma outside (0, 1]."""
-    if isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
+    if type(gamma) is not float and (isinstance(gamma, bool) or not isinstance(gamma, numbers.Real)):
         raise TypeError(f"gamma must be a number in (0, 1], got {gamma!r}")
     if not 0.0 < gamma <= 1.0:
         raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
@@ -350,7 +350,9 @@ def _check_logits(logits: Tensor, targets: Tensor, unit: str, ignore_index: int,
     require_choice("unit", unit, UNITS)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
+    if type(label_smoothing) is not float and (
+        isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real)
+    ):
         raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")

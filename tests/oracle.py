@@ -150,11 +150,11 @@ def check_scores(got: Tensor, oracle: Tensor, peer: Tensor) -> float:
 
 def check_choice(indices: Tensor, scores: Tensor, oracle: Tensor, k: int, order: str, allowed: float) -> None:
     assert indices.shape == (k,), f"{len(indices)} rows chosen, expected {k}"
-    assert len(set(indices.tolist())) == k, "an index is repeated"
+    assert len(indices.unique()) == k, "an index is repeated"
     best_first = torch.sort(scores, descending=True, stable=True).indices[:k]
     expected = best_first.sort().values if order == "index" else best_first
     assert torch.equal(indices, expected), "not the k best of the returned scores, ties to the lower row"
-    out = torch.ones(len(oracle), dtype=torch.bool).index_fill(0, indices, False)
+    out = torch.ones_like(oracle, dtype=torch.bool).index_fill(0, indices, False)
     if out.any() and not oracle[indices].isneginf().any():
         assert oracle[indices].min() >= oracle[out].max() - 2 * allowed, "a better row was left out"
 
