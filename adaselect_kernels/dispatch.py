@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def triton_interpreted() -> bool:
         return False
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def unavailable(impl: str, device: torch.device) -> str | None:
@@ -57,7 +58,7 @@ def unavailable(impl: str, device: torch.device) -> str | None:
     return "no operator of this function has a CUDA C++ kernel: the Triton one is the fastest, use impl='triton'"
 
 
-def resolve(impl: str, device: torch.device):
+def resolve(impl: str, device: torch.device) -> Any:
     """The object whose attributes are the operators of ops.py, for `impl` on `device`.
 
     Raises ValueError for an unknown name, RuntimeError with every reason when an explicit request cannot be served.
@@ -72,7 +73,9 @@ def resolve(impl: str, device: torch.device):
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}; got {impl!r}")
     reason = unavailable(chosen, device)
     if reason is not None:
-        others = "; ".join(f"{name}: {unavailable(name, device) or 'available'}" for name in IMPLS[1:] if name != chosen)
+        others = "; ".join(
+            f"{name}: {unavailable(name, device) or 'available'}" for name in IMPLS[1:] if name != chosen
+        )
         raise RuntimeError(f"impl={chosen!r} is not available for {device}: {reason}. Others: {others}")
     if chosen == "reference":
         return reference
@@ -94,4 +97,13 @@ def _fastest(device: torch.device) -> str:
     return "reference"
 
 
-__all__ = ["ENVIRONMENT_VARIABLE", "EXTENSION", "EXTENSION_ERROR", "IMPLS", "ops", "resolve", "triton_interpreted", "unavailable"]
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "EXTENSION",
+    "EXTENSION_ERROR",
+    "IMPLS",
+    "ops",
+    "resolve",
+    "triton_interpreted",
+    "unavailable",
+]

@@ -108,7 +108,7 @@ class AdaSelectionOptions:
 def _require_number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
 
 

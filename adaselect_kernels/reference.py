@@ -58,7 +58,9 @@ def per_sample_stats(
     bad = kept & ((y < 0) | (y >= classes))
     if z.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
         row = int(bad.to(torch.int8).argmax())
-        raise IndexError(f"target {int(y[row])} of row {row} is outside [0, {classes}) and not ignore_index={ignore_index}")
+        raise IndexError(
+            f"target {int(y[row])} of row {row} is outside [0, {classes}) and not ignore_index={ignore_index}"
+        )
     y = torch.where(kept & ~bad, y, 0)
     is_target = torch.arange(classes, device=z.device) == y[:, None]
 
@@ -138,7 +140,9 @@ def batch_scores(
             method_losses = torch.stack([losses[rows][ok[rows]].mean() for rows in chosen])
         method_losses = torch.where(n_valid > 0, method_losses.to(torch.float64), math.nan)
         weights = update_weights(state, m, method_losses, opts)
-        scores = sum(weights[i].to(dtype) * importances[i] for i in range(m)) * reward(losses, n_valid, state[2 * m], opts)
+        scores = sum(weights[i].to(dtype) * importances[i] for i in range(m)) * reward(
+            losses, n_valid, state[2 * m], opts
+        )
     scores = torch.where(ok, scores, -math.inf).to(torch.float32)
     state[2 * m] += 1
     return scores, n_valid

@@ -6,7 +6,6 @@ import random
 import pytest
 import torch
 
-
 # tests/gpu is collected only where it can run, instead of being reported as skipped.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 

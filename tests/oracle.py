@@ -84,7 +84,7 @@ def _run_reference(logits, targets, k, state, names, options, unit, ignore_index
 
 
 def expected_count(gamma: float, n: int) -> int:
-    return max(1, min(n, int(math.floor(gamma * n + 0.5))))
+    return max(1, min(n, math.floor(gamma * n + 0.5)))
 
 
 def check_fused_select(

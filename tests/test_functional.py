@@ -61,7 +61,11 @@ def strided(logits: torch.Tensor, layout: str) -> torch.Tensor:
 def cases(draw):
     big = draw(st.integers(0, 5)) == 0
     n = draw(st.integers(1, 5000)) if big else draw(st.integers(1, 200))
-    c = draw(st.integers(1, 30)) if big else draw(st.sampled_from([1, 2, 3, 7, 10, 16, 17, 31, 64, 65, 100, 257, 1000, 2000]))
+    c = (
+        draw(st.integers(1, 30))
+        if big
+        else draw(st.sampled_from([1, 2, 3, 7, 10, 16, 17, 31, 64, 65, 100, 257, 1000, 2000]))
+    )
     return {
         "n": n,
         "c": c,
@@ -345,7 +349,9 @@ def test_uniform_draws_anew_each_step_and_repeats_with_the_seed(impl):
     runs = []
     for _ in range(2):
         state = AdaSelectionState.create(("uniform",), seed=42)
-        runs.append([baseline_select(logits, targets, 0.1, "uniform", state=state, impl=impl).indices for _ in range(3)])
+        runs.append(
+            [baseline_select(logits, targets, 0.1, "uniform", state=state, impl=impl).indices for _ in range(3)]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert len({tuple(indices.tolist()) for indices in runs[0]}) == 3
 
@@ -357,7 +363,9 @@ def right_topk(scores, k, largest, order):
     """Python's stable sort: best first, NaN last, ties to the lower row."""
     values = scores.double().tolist()
     sign = -1 if largest else 1
-    ranked = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), 0 if math.isnan(values[i]) else sign * values[i]))
+    ranked = sorted(
+        range(len(values)), key=lambda i: (math.isnan(values[i]), 0 if math.isnan(values[i]) else sign * values[i])
+    )
     return sorted(ranked[:k]) if order == "index" else ranked[:k]
 
 
@@ -453,28 +461,78 @@ ERRORS = [
     ("N = 0", lambda i: fused_select(Z[:0], Y[:0], 0.5, impl=i), ValueError, r"must not be empty, got shape \(0, 3\)"),
     ("C = 0", lambda i: fused_select(Z[:, :0], Y, 0.5, impl=i), ValueError, r"must not be empty, got shape \(4, 0\)"),
     ("T = 0", lambda i: fused_select(Z[None, :0], Y[None, :0], 0.5, impl=i), ValueError, "must not be empty"),
-    ("1-D logits", lambda i: fused_select(Z[0], Y, 0.5, impl=i), ValueError, r"\[N, C\] or \[N, T, C\], got shape \(3,\)"),
+    (
+        "1-D logits",
+        lambda i: fused_select(Z[0], Y, 0.5, impl=i),
+        ValueError,
+        r"\[N, C\] or \[N, T, C\], got shape \(3,\)",
+    ),
     ("short targets", lambda i: fused_select(Z, Y[:3], 0.5, impl=i), ValueError, r"shape \(4,\).*got \(3,\)"),
     ("integer logits", lambda i: fused_select(Z.int(), Y, 0.5, impl=i), TypeError, "float16, .*got torch.int32"),
     ("complex logits", lambda i: fused_select(Z.cfloat(), Y, 0.5, impl=i), TypeError, "got torch.complex64"),
-    ("float targets", lambda i: fused_select(Z, Y.float(), 0.5, impl=i), TypeError, "int64 or int32, got torch.float32"),
+    (
+        "float targets",
+        lambda i: fused_select(Z, Y.float(), 0.5, impl=i),
+        TypeError,
+        "int64 or int32, got torch.float32",
+    ),
     ("list logits", lambda i: fused_select([[1.0]], Y, 0.5, impl=i), TypeError, "must be tensors, got list"),
     ("target C", lambda i: fused_select(Z, Y + 1, 0.5, impl=i), IndexError, r"target 3 of row 2 is outside \[0, 3\)"),
     ("target -1", lambda i: fused_select(Z, Y - 1, 0.5, impl=i), IndexError, "target -1 of row 0 .*ignore_index=-100"),
     ("target stats", lambda i: per_sample_stats(Z, Y + 1, impl=i), IndexError, "target 3 of row 2"),
-    ("other device", lambda i: fused_select(Z, Y.to("meta"), 0.5, impl=i), ValueError, "device of logits, cpu, got meta"),
-    ("unknown method", lambda i: fused_select(Z, Y, 0.5, methods=("loss",), impl=i), ValueError, "one of 'big_loss'.*'loss'"),
+    (
+        "other device",
+        lambda i: fused_select(Z, Y.to("meta"), 0.5, impl=i),
+        ValueError,
+        "device of logits, cpu, got meta",
+    ),
+    (
+        "unknown method",
+        lambda i: fused_select(Z, Y, 0.5, methods=("loss",), impl=i),
+        ValueError,
+        "one of 'big_loss'.*'loss'",
+    ),
     ("method string", lambda i: fused_select(Z, Y, 0.5, methods="uniform", impl=i), TypeError, "tuple or list"),
     ("methods twice", lambda i: fused_select(Z, Y, 0.5, methods=("uniform",) * 2, impl=i), ValueError, "distinct"),
     ("no methods", lambda i: fused_select(Z, Y, 0.5, methods=(), impl=i), ValueError, "at least one"),
-    ("unit", lambda i: fused_select(Z, Y, 0.5, unit="row", impl=i), ValueError, "unit must be one of 'sample', 'token'"),
-    ("order", lambda i: fused_select(Z, Y, 0.5, order="best", impl=i), ValueError, "order must be one of 'index', 'score'"),
-    ("smoothing", lambda i: fused_select(Z, Y, 0.5, label_smoothing=1.5, impl=i), ValueError, r"label_smoothing .* got 1.5"),
+    (
+        "unit",
+        lambda i: fused_select(Z, Y, 0.5, unit="row", impl=i),
+        ValueError,
+        "unit must be one of 'sample', 'token'",
+    ),
+    (
+        "order",
+        lambda i: fused_select(Z, Y, 0.5, order="best", impl=i),
+        ValueError,
+        "order must be one of 'index', 'score'",
+    ),
+    (
+        "smoothing",
+        lambda i: fused_select(Z, Y, 0.5, label_smoothing=1.5, impl=i),
+        ValueError,
+        r"label_smoothing .* got 1.5",
+    ),
     ("smoothing type", lambda i: fused_select(Z, Y, 0.5, label_smoothing="a", impl=i), TypeError, "label_smoothing"),
-    ("ignore_index", lambda i: fused_select(Z, Y, 0.5, ignore_index=1.0, impl=i), TypeError, "ignore_index must be an int"),
-    ("options", lambda i: fused_select(Z, Y, 0.5, options={"beta": 1}, impl=i), TypeError, "AdaSelectionOptions, got dict"),
+    (
+        "ignore_index",
+        lambda i: fused_select(Z, Y, 0.5, ignore_index=1.0, impl=i),
+        TypeError,
+        "ignore_index must be an int",
+    ),
+    (
+        "options",
+        lambda i: fused_select(Z, Y, 0.5, options={"beta": 1}, impl=i),
+        TypeError,
+        "AdaSelectionOptions, got dict",
+    ),
     ("seed", lambda i: fused_select(Z, Y, 0.5, seed=2**64, impl=i), ValueError, "seed must fit in 64 bits"),
-    ("state type", lambda i: fused_select(Z, Y, 0.5, state={}, impl=i), TypeError, "state must be an AdaSelectionState"),
+    (
+        "state type",
+        lambda i: fused_select(Z, Y, 0.5, state={}, impl=i),
+        TypeError,
+        "state must be an AdaSelectionState",
+    ),
     ("state methods", lambda i: fused_select(Z, Y, 0.5, state=STATE, impl=i), ValueError, "state is of methods"),
     (
         "state device",
@@ -493,7 +551,12 @@ ERRORS = [
     ("integer scores", lambda i: select_topk(Y, 1, impl=i), TypeError, "scores must be float16"),
     ("empty losses", lambda i: select_from_losses(L[:0], 0.5, impl=i), ValueError, "N >= 1"),
     ("integer losses", lambda i: select_from_losses(Y, 0.5, impl=i), TypeError, "losses must be float16"),
-    ("no grad_norms", lambda i: select_from_losses(L, 0.5, methods=("grad_norm",), impl=i), ValueError, "needs grad_norms"),
+    (
+        "no grad_norms",
+        lambda i: select_from_losses(L, 0.5, methods=("grad_norm",), impl=i),
+        ValueError,
+        "needs grad_norms",
+    ),
     (
         "grad_norms shape",
         lambda i: select_from_losses(L, 0.5, grad_norms=L[:2], methods=("grad_norm",), impl=i),
@@ -531,9 +594,13 @@ def test_a_refused_call_leaves_the_state_untouched(generator, impl):
 
 
 def test_an_unknown_or_unavailable_implementation_is_refused_with_the_reasons():
-    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'; got 'numpy'"):
+    with pytest.raises(
+        ValueError, match="impl must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'; got 'numpy'"
+    ):
         fused_select(Z, Y, 0.5, impl="numpy")
-    with pytest.raises(RuntimeError, match=r"impl='triton' is not available for cpu: .*TRITON_INTERPRET.*reference: available"):
+    with pytest.raises(
+        RuntimeError, match=r"impl='triton' is not available for cpu: .*TRITON_INTERPRET.*reference: available"
+    ):
         fused_select(Z, Y, 0.5, impl="triton")
     with pytest.raises(RuntimeError, match="impl='cuda' is not available"):
         select_topk(L, 1, impl="cuda")

@@ -46,9 +46,14 @@ def test_tie_order():
 @pytest.mark.parametrize("rounding", [math.floor, math.ceil, round], ids=["floor", "ceil", "half to even"])
 def test_k_rounding(rounding):
     fault = (functional, "selected_count", lambda gamma, n: max(1, min(n, rounding(gamma * n))))
-    with pytest.raises(AssertionError, match="rows chosen, expected"):
-        for n, gamma in ((10, 0.26), (10, 0.24), (10, 0.25)):  # 2.6, 2.4 and the tie 2.5
-            check_fused_select(faulty(fault), *batch(n), gamma)
+    caught = 0
+    for gamma in (0.26, 0.24, 0.25):  # of 10 rows: 2.6, 2.4 and the tie 2.5
+        try:
+            check_fused_select(faulty(fault), *batch(10), gamma)
+        except AssertionError as error:
+            assert "rows chosen, expected" in str(error)
+            caught += 1
+    assert caught > 0
 
 
 def test_cancellation_of_a_confident_row():
@@ -137,5 +142,5 @@ def test_an_output_that_nobody_wrote():
     def forgetful(scores, k, largest, order):
         return torch.empty(k, dtype=torch.int64)  # poisoned by the fixture
 
-    with pytest.raises(AssertionError, match="not the k best|repeated"):
+    with pytest.raises(AssertionError, match=r"not the k best|repeated"):
         check_fused_select(faulty((reference, "select_topk", forgetful)), *batch(), 0.3)

@@ -78,7 +78,9 @@ def test_grad_norm_is_the_norm_of_the_logit_gradient_of_the_mean_loss(generator)
 
 
 def test_margins_of_one_class_are_infinite():
-    got = reference.per_sample_stats(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long), [3, 4, 0], "sample", -100, 0.0)
+    got = reference.per_sample_stats(
+        torch.zeros(2, 1), torch.zeros(2, dtype=torch.long), [3, 4, 0], "sample", -100, 0.0
+    )
     assert got.tolist() == [[math.inf] * 2, [math.inf] * 2, [0.0] * 2]
 
 
@@ -153,7 +155,9 @@ def test_weights_follow_equation_3_and_are_updated_before_scoring(update, method
         losses = rng.exponential(size=6)
         alphas = np.array([softmax(losses), softmax(-losses)])
         ordered = np.sort(losses)
-        method_losses = alphas @ losses if method_loss == "weighted" else np.array([ordered[-k:].mean(), ordered[:k].mean()])
+        method_losses = (
+            alphas @ losses if method_loss == "weighted" else np.array([ordered[-k:].mean(), ordered[:k].mean()])
+        )
         if previous is not None:
             change = (previous - method_losses) / previous if update == "relative" else np.log(previous / method_losses)
             w = w * np.exp(beta * change)

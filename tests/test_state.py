@@ -31,7 +31,9 @@ def test_options_outside_their_range_are_refused(changes, message):
         AdaSelectionOptions(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"beta": "1"}, {"standardize": 1}, {"temperature": None}, {"curriculum_power": "a"}])
+@pytest.mark.parametrize(
+    "changes", [{"beta": "1"}, {"standardize": 1}, {"temperature": None}, {"curriculum_power": "a"}]
+)
 def test_options_of_a_wrong_type_are_refused(changes):
     with pytest.raises(TypeError, match=next(iter(changes))):
         AdaSelectionOptions(**changes)
@@ -58,7 +60,9 @@ def test_methods_are_checked(methods, error, message):
         AdaSelectionState.create(methods)
 
 
-@pytest.mark.parametrize(("seed", "error"), [(2**64, ValueError), (-(2**63) - 1, ValueError), (1.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("seed", "error"), [(2**64, ValueError), (-(2**63) - 1, ValueError), (1.0, TypeError), (True, TypeError)]
+)
 def test_seed_is_checked(seed, error):
     with pytest.raises(error, match="seed"):
         AdaSelectionState.create(("uniform",), seed=seed)
