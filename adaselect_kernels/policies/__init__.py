@@ -1,0 +1,63 @@
+"""Policies: which rows of a batch deserve a backward pass, with the state that the answer carries from step to step."""
+
+import dataclasses
+from typing import Any
+
+from adaselect_kernels.options import AdaSelectionOptions
+from adaselect_kernels.policies.adaselection import (
+    AdaBoost,
+    AdaSelection,
+    AdaSelectionConfig,
+    Baseline,
+    BigLoss,
+    Coreset1,
+    Coreset2,
+    GradNorm,
+    SmallLoss,
+    Uniform,
+)
+from adaselect_kernels.policies.policy import Policy, PolicyConfig
+
+POLICIES: dict[str, type[AdaSelection] | type[Baseline]] = {
+    policy.name: policy
+    for policy in (AdaSelection, Uniform, BigLoss, SmallLoss, GradNorm, AdaBoost, Coreset1, Coreset2)
+}
+_OPTIONS = tuple(field.name for field in dataclasses.fields(AdaSelectionOptions))
+
+
+def get_policy(name: str, gamma: float, **config: Any) -> Policy:
+    """The policy `name` at the sampling rate `gamma` in (0, 1].
+
+    name: "adaselection" or one of the baselines "uniform", "big_loss", "small_loss", "grad_norm", "adaboost" (monotone
+        in the loss, so alone it equals "big_loss"), "coreset1", "coreset2".
+    config: of every policy seed, unit, order, ignore_index, label_smoothing, impl (see `fused_select`), and device
+        (where the state lives from the start; None: that of the first call); of "adaselection" also methods and the
+        fields of AdaSelectionOptions: beta, temperature, standardize, update, method_loss, weight_floor,
+        curriculum_power, curriculum_scale.
+
+    Raises ValueError (unknown name, a value outside what is accepted) or TypeError (unknown setting, wrong type).
+
+    >>> import torch
+    >>> policy = get_policy("big_loss", gamma=0.5)
+    >>> policy.select_from_losses(torch.tensor([0.1, 2.0, 0.5, 1.0])).indices
+    tensor([1, 3])
+    """
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ValueError(f"name must be one of {', '.join(map(repr, POLICIES))}; got {name!r}")
+    policy = POLICIES[name]
+    device = config.pop("device", None)
+    accepted = [f.name for f in dataclasses.fields(policy.config_type) if f.name not in ("gamma", "options")]
+    options = _OPTIONS if policy is AdaSelection else ()
+    unknown = [setting for setting in config if setting not in accepted and setting not in options]
+    if unknown:
+        raise TypeError(
+            f"the policy {name!r} has no setting {', '.join(map(repr, unknown))};"
+            f" it accepts {', '.join([*accepted, *options, 'device'])}"
+        )
+    if policy is AdaSelection:
+        given = {option: config.pop(option) for option in options if option in config}
+        config["options"] = AdaSelectionOptions(**given)
+    return policy(policy.config_type(gamma, **config), device)  # type: ignore[arg-type]
+
+
+__all__ = ["POLICIES", "AdaSelectionConfig", "Policy", "PolicyConfig", "get_policy"]

@@ -1,0 +1,7 @@
+"""Training with selection: the scoring pass, and full batches of chosen samples from any loader."""
+
+from adaselect_kernels.training.batches import Rows
+from adaselect_kernels.training.refill import Counts, Seconds, SelectedBatches
+from adaselect_kernels.training.scoring import score, scoring_pass
+
+__all__ = ["Counts", "Rows", "Seconds", "SelectedBatches", "score", "scoring_pass"]
