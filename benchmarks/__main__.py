@@ -1,0 +1,80 @@
+"""Command line: `python -m benchmarks run|report|gpu|list`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu, records, runner
+from benchmarks.micro import GROUPS
+
+
+def _group(name: str) -> str:
+    if name not in GROUPS:
+        raise argparse.ArgumentTypeError(f"the groups are {', '.join(GROUPS)}; got {name!r}")
+    return name
+
+
+def _group_list(text: str) -> list[str]:
+    """Names separated by commas or spaces; "all" or nothing is all of them."""
+    names = text.replace(",", " ").split()
+    return list(GROUPS) if names in ([], ["all"]) else [_group(name) for name in names]
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = main.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="measure groups and write one JSON file each")
+    known = f"default all: {', '.join(GROUPS)}"
+    run.add_argument("groups", nargs="*", type=_group, default=list(GROUPS), metavar="GROUP", help=known)
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS")
+    run.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
+    run.add_argument("--quick", action="store_true", help="tiny shapes: proves the suite, measures nothing")
+
+    page = commands.add_parser("report", help="write docs/performance.md, its figures and the README table")
+    page.add_argument("--results", type=Path, default=records.RESULTS, metavar="FOLDER")
+    page.add_argument("--docs", type=Path, default=records.ROOT / "docs", metavar="FOLDER")
+    page.add_argument("--readme", type=Path, default=records.ROOT / "README.md", metavar="FILE")
+
+    lent = commands.add_parser("gpu", help="build, test and measure on a machine with a GPU")
+    lent.add_argument("--groups", type=_group_list, default=list(GROUPS), metavar="A,B", help="default all")
+    lent.add_argument("--time-limit", type=float, default=540.0, metavar="SECONDS")
+    lent.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
+    lent.add_argument("--force", action="store_true", help="also groups whose results are up to date")
+    lent.add_argument("--dry-run", action="store_true", help="on a CPU, tiny shapes, results thrown away")
+
+    commands.add_parser("list", help="the groups and their cases")
+    return main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    if args.command == "gpu":
+        return gpu.run(args.groups, args.time_limit, args.out, force=args.force, dry_run=args.dry_run)
+    if args.command == "report":
+        from benchmarks import report  # needs matplotlib, which a machine that only measures may not have
+
+        for line in report.write(args.results, args.docs, args.readme):
+            print(line)
+        return 0
+    wanted = getattr(args, "device", "auto")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+    if args.command == "list":
+        for group in GROUPS.values():
+            print(f"{group.name}: {group.title}")
+            for case in group.cases(device, False):
+                print(f"  {case.name}")
+        return 0
+    groups = [GROUPS[name] for name in args.groups]
+    out = args.out or records.RESULTS / records.device_slug(device)
+    documents = runner.run_groups(groups, device, out, quick=args.quick, time_limit=args.time_limit)
+    for document in documents:
+        runner.summary(document)
+    return int(any(runner.failures(document) for document in documents))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The targets as data, and what of them the results meet. The report and nothing else reads this table.
+
+Cases are named as the groups name them; a target whose case, contender or group has no result is "not measured".
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.timing import paired_ratio
+
+Results = Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]]  # group -> (case, contender) -> record
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the targets table.
+
+    measure:
+        "faster"   median over rounds of the best (shortest) of `against` over `contender`; at least `limit`
+        "within"   median over rounds of `contender` over `against`; at most `limit`
+        "share"    share of the copy rate: the time the case's fewest bytes take at that rate, over the time; at least
+        "us"       microseconds a call; at most
+        "element"  time an element over that of `other_case`'s; at most
+    """
+
+    device: str
+    group: str
+    case: str
+    contender: str
+    measure: str
+    limit: float
+    against: tuple[str, ...] = ()
+    other_case: str = ""
+
+    @property
+    def wanted(self) -> str:
+        names = " or ".join(self.against)
+        return {
+            "faster": f"{self.limit:g}x faster than {'the better of ' * (len(self.against) > 1)}{names}",
+            "within": f"within {self.limit:g}x of {names}",
+            "share": f"at least {100 * self.limit:g} % of the copy rate",
+            "us": f"at most {self.limit:g} us",
+            "element": f"at most {self.limit:g}x the time an element of {self.other_case}",
+        }[self.measure]
+
+    def value(self, results: Results) -> float | None:
+        """What was measured; None without the results it needs."""
+        group = results.get(self.group, {})
+        mine = _measured(group, self.case, self.contender)
+        if mine is None:
+            return None
+        if self.measure == "us":
+            return mine["us"]["p50"]
+        if self.measure == "share":
+            over = mine["over_floor"]
+            return None if over is None else 1 / over
+        if self.measure == "element":
+            other = _measured(group, self.other_case, self.contender)
+            if other is None:
+                return None
+            per_element = [r["us"]["p50"] / (r["params"]["n"] * r["params"]["classes"]) for r in (mine, other)]
+            return per_element[0] / per_element[1]
+        found = [_measured(group, self.case, name) for name in self.against]
+        peers = [peer for peer in found if peer is not None]
+        if len(peers) < len(found):
+            return None
+        best = min(peers, key=lambda peer: peer["us"]["p50"])
+        pair = (best, mine) if self.measure == "faster" else (mine, best)
+        return paired_ratio(pair[0]["samples_us"], pair[1]["samples_us"])["p50"]
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.measure in ("faster", "share") else value <= self.limit
+
+    def shown(self, value: float) -> str:
+        if self.measure == "us":
+            return f"{value:.1f} us"
+        return f"{100 * value:.0f} %" if self.measure == "share" else f"{value:.2f}x"
+
+
+def _measured(
+    group: Mapping[tuple[str, str], Mapping[str, Any]], case: str, contender: str
+) -> Mapping[str, Any] | None:
+    record = group.get((case, contender))
+    return record if record is not None and record["status"] == "measured" else None
+
+
+def _cpu() -> list[Target]:
+    def select(case: str, measure: str, limit: float, *against: str) -> Target:
+        return Target("cpu", "fused_select", f"{case} float32", "ours", measure, limit, against)
+
+    found = [
+        select("128x10", "faster", 3, "naive", "compiled"),
+        select("128x1000", "faster", 4, "naive", "compiled"),
+        select("1024x1000", "faster", 6, "compiled"),
+        select("65536x10", "faster", 10, "compiled"),
+        select("2048x32000", "within", 2, "read"),
+        select("512x128256", "within", 2, "read"),
+    ]
+    for shape in ("128x10", "128x1000", "1024x1000", "65536x10", "2048x32000", "512x128256"):
+        other = f"{shape} float32"
+        found.append(Target("cpu", "fused_select", f"{shape} bfloat16", "ours", "element", 1.2, other_case=other))
+    topk = [Target("cpu", "select_topk", f"{n} k=0.2N", "ours", "faster", 10, ("topk",)) for n in (1 << 20, 1 << 24)]
+    return [*found, *topk]
+
+
+def _cuda() -> list[Target]:
+    found = []
+    for shape in ("128x10", "128x100"):
+        case = f"{shape} float32"
+        found += [
+            Target("cuda", "fused_select", case, "ours_graph", "us", 10),
+            Target("cuda", "fused_select", case, "ours_graph", "faster", 10, ("naive",)),
+            Target("cuda", "fused_select", case, "ours_graph", "faster", 3, ("naive_graph",)),
+            Target("cuda", "fused_select", case, "ours_graph", "faster", 2, ("compiled_graph",)),
+        ]
+    found += [
+        Target("cuda", "fused_select", "128x10 float32", "ours", "us", 40),
+        Target("cuda", "fused_select", "128x10 float32", "ours", "faster", 5, ("naive",)),
+    ]
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        for classes in (1000, 32_000, 128_256, 262_144):
+            rows = (1 << 30) // (classes * size) // 8 * 8
+            found.append(Target("cuda", "per_sample_stats", f"{rows}x{classes} {dtype}", "ours", "share", 0.9))
+        for classes in (10, 100):
+            found.append(Target("cuda", "per_sample_stats", f"1048576x{classes} {dtype}", "ours", "share", 0.8))
+    for case in ("65536x1000 float32", "8192x32000 bfloat16"):
+        found.append(Target("cuda", "fused_select", case, "ours_graph", "within", 1.1, ("row_pass_graph",)))
+    for n in (1 << 20, 1 << 22, 1 << 24):
+        for share in (0.1, 0.2, 0.5):
+            found.append(Target("cuda", "select_topk", f"{n} k={share:g}N", "ours", "faster", 5, ("topk",)))
+    found += [Target("cuda", "select_topk", f"{1 << 20} k={s:g}N", "ours_graph", "us", 40) for s in (0.1, 0.2, 0.5)]
+    return found
+
+
+TARGETS: Sequence[Target] = (*_cpu(), *_cuda())
+
+# Targets of functions that have no benchmark group here: (what, target)
+WITHOUT_A_GROUP = (
+    ("fused_linear_select, 8192 tokens, hidden 4096, vocabulary 128k, bfloat16", "90 % of the plain matrix product"),
+    ("selected_linear_cross_entropy, forward and backward, gamma 0.1 to 1", "within 15 % of gamma times the full time"),
+    ("per-sample gradient norms of a model", "at most 10 % over the plain backward at T >= 512"),
+    ("selection inside a ResNet-18 step, batch 128, 32x32", "at most 1 % of the step"),
+)
