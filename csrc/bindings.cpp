@@ -1,0 +1,84 @@
+// Module _C: the CPU operators as plain functions, for eager calls that need no dispatcher, and facts about the build.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "cpu/operators.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+  #define ADASELECT_COMPILER "clang " __clang_version__
+#else
+  #define ADASELECT_COMPILER "gcc " __VERSION__
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["instruction_sets"] = adaselect::compiled_instruction_sets();
+  info["cpu_capability"] = adaselect::kernels().name;
+  info["threads"] = at::get_num_threads();
+  info["compiler"] = ADASELECT_COMPILER;
+  info["torch_version"] = TORCH_VERSION;
+  info["cuda_targets"] = py::list();
+  info["sanitizers"] = ADASELECT_SANITIZERS;
+  return info;
+}
+
+using MaybeTensor = std::optional<at::Tensor>;
+using Ints = std::vector<int64_t>;
+using Floats = std::vector<double>;
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const c10::IndexError& e) {
+      py::set_error(PyExc_IndexError, e.what_without_backtrace());
+    } catch (const c10::ValueError& e) {
+      py::set_error(PyExc_ValueError, e.what_without_backtrace());
+    } catch (const c10::TypeError& e) {
+      py::set_error(PyExc_TypeError, e.what_without_backtrace());
+    }
+  });
+  adaselect::kernels();  // refuses an unknown ADASELECT_CPU_CAPABILITY at import
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def("build_info", build_info);
+  m.def(
+      "per_sample_stats",
+      [](const at::Tensor& logits, const at::Tensor& targets, const Ints& stats, std::string_view unit,
+         int64_t ignore_index, double label_smoothing) {
+        return adaselect::per_sample_stats(logits, targets, stats, unit, ignore_index, label_smoothing);
+      },
+      Unlocked());
+  m.def(
+      "batch_scores",
+      [](const at::Tensor& losses, const MaybeTensor& grad_norms, const MaybeTensor& valid, const MaybeTensor& state,
+         const Ints& methods, int64_t k, int64_t seed, const Floats& options) {
+        return adaselect::batch_scores(losses, grad_norms, valid, state, methods, k, seed, options);
+      },
+      Unlocked());
+  m.def("select_topk", adaselect::select_topk, Unlocked());
+  m.def(
+      "select_from_losses",
+      [](const at::Tensor& losses, const MaybeTensor& grad_norms, const MaybeTensor& state, const Ints& methods,
+         int64_t k, std::string_view order, int64_t seed, const Floats& options) {
+        return adaselect::select_from_losses(losses, grad_norms, state, methods, k, order, seed, options);
+      },
+      Unlocked());
+  m.def(
+      "fused_select",
+      [](const at::Tensor& logits, const at::Tensor& targets, const MaybeTensor& state, const Ints& methods, int64_t k,
+         std::string_view unit, std::string_view order, int64_t ignore_index, double label_smoothing, int64_t seed,
+         const Floats& options) {
+        return adaselect::fused_select(logits, targets, state, methods, k, unit, order, ignore_index, label_smoothing,
+                                       seed, options);
+      },
+      Unlocked());
+}

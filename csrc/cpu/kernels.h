@@ -1,0 +1,134 @@
+// What the kernels compute and the table through which the operators call them. No torch headers: kernel files compile
+// once per instruction set and must not instantiate code that other files share.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace adaselect {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Positions in options.py STATS.
+enum Stat { kLoss, kLse, kGradNorm, kMargin, kTop2Margin, kEntropy, kConfidence, kCorrect, kStats };
+
+// One row of statistics per position (a leading row and a second index of [N, T, C]; T = 1 for [N, C]).
+struct RowStatsArgs {
+  const void* logits;
+  const void* targets;
+  Dtype dtype;
+  bool targets_int32;
+  int64_t rows;     // N * T
+  int64_t classes;  // C
+  int64_t inner;    // T
+  // Strides in elements.
+  int64_t logits_outer, logits_inner, logits_class;
+  int64_t targets_outer, targets_inner;
+  int64_t extent;  // elements from `logits` on that belong to the tensor
+  int64_t ignore_index;
+  double label_smoothing;
+  int32_t stats[kStats];
+  int32_t n_stats;
+  void* out[kStats];  // [rows] each, float32 or, for float64 logits, float64
+  uint8_t* kept;      // [rows] or null: target is not ignore_index
+};
+
+// Rows [begin, end) -> the lowest row with a bad target, -1 if there is none. Ranges start at multiples of kRowTile.
+using RowStatsFn = int64_t (*)(const RowStatsArgs& args, int64_t begin, int64_t end);
+inline constexpr int64_t kRowTile = 16;
+
+// The batch stage works on chunks: partial sums of a chunk are combined in chunk order, whoever computes them.
+inline constexpr int64_t kBatchChunk = 4096;
+inline constexpr double kAdaBoostEps = 1e-6, kStdEps = 1e-6;
+
+// Unnormalised importances e. The softmaxes are relative to their largest element.
+enum Term { kBig, kSmall, kGrad, kCentre, kAdaBoost, kNoise, kTerms };
+
+struct BatchArgs {
+  // Inputs [n].
+  const void* losses;
+  const void* grad_norms;  // null unless the method needs it
+  const uint8_t* valid;    // or null
+  Dtype dtype;
+  int64_t n, losses_stride, grad_norms_stride, valid_stride;
+  // Scratch [n rounded up to kRowTile] of the compute type: NaN in an invalid row.
+  void* clean_losses;
+  void* clean_grad_norms;
+  void* terms[kTerms];  // null: not needed
+  // Filled between the passes.
+  double mean_loss, mean_grad_norm, max_loss, min_loss, max_grad_norm, min_deviation;
+  double loss_scale, grad_norm_scale;  // 1 / tau, or 1 / (tau (std + eps))
+  uint64_t seed, step;
+  // Last pass: s = exp(-reward l) (bias + sum_j coefficient_j e_j).
+  double coefficients[kTerms];
+  double bias, reward;
+  float* scores;
+};
+
+struct ChunkMoments {
+  double count, loss_sum, loss_sum_sq, loss_max, loss_min, grad_norm_sum, grad_norm_max;
+};
+struct ChunkDeviations {  // of (x - mean)
+  double loss_sum, loss_sum_sq, loss_min_abs, grad_norm_sum, grad_norm_sum_sq;
+};
+struct ChunkTerms {
+  double sum[kTerms], loss_sum[kTerms];  // sum e, sum e l
+};
+
+struct BatchKernels {
+  void (*moments)(const BatchArgs&, int64_t begin, int64_t end, ChunkMoments&);
+  void (*deviations)(const BatchArgs&, int64_t begin, int64_t end, ChunkDeviations&);
+  void (*terms)(const BatchArgs&, int64_t begin, int64_t end, ChunkTerms&);
+  void (*scores)(const BatchArgs&, int64_t begin, int64_t end);
+};
+
+// Selection ranks unsigned keys: the best score has the largest key, NaN the key 0, -0.0 that of 0.0.
+template <class Key>
+struct SelectKernels {
+  void (*fill)(const void* scores, int64_t stride, int64_t n, bool largest, Key* keys);
+  int64_t (*count_at_least)(const Key* keys, int64_t n, Key threshold);
+  int64_t (*count_equal)(const Key* keys, int64_t n, Key value);
+  // Keys with key >> shift == prefix, in order; `out` has room for n + kCompactSlack.
+  int64_t (*compact_prefix)(const Key* keys, int64_t n, int shift, Key prefix, Key* out);
+  // first_row + i of the keys >= threshold, in order; `out` as above.
+  int64_t (*compact_rows)(const Key* keys, int64_t n, Key threshold, int64_t first_row, int64_t* out);
+};
+inline constexpr int64_t kCompactSlack = 16;
+
+// One of these per instruction set; arrays are indexed by the Dtype of the kernel's floating point input.
+struct KernelTable {
+  const char* name;
+  const RowStatsFn* row_stats;
+  const BatchKernels* batch;
+  const SelectKernels<uint32_t>* select32;  // all but float64
+  const SelectKernels<uint64_t>* select64;  // float64
+};
+
+#define ADASELECT_DECLARE_KERNELS(isa)                       \
+  namespace isa {                                            \
+  extern const RowStatsFn row_stats_by_dtype[4];             \
+  extern const BatchKernels batch_by_dtype[4];               \
+  extern const SelectKernels<uint32_t> select32_by_dtype[3]; \
+  extern const SelectKernels<uint64_t> select64_kernels;     \
+  }
+#if defined(__x86_64__)
+ADASELECT_DECLARE_KERNELS(avx512)
+ADASELECT_DECLARE_KERNELS(avx2)
+#endif
+ADASELECT_DECLARE_KERNELS(baseline)
+#undef ADASELECT_DECLARE_KERNELS
+
+// The table of the best instruction set of this machine, or of the one ADASELECT_CPU_CAPABILITY names; chosen once.
+const KernelTable& kernels();
+// Names of the compiled sets, best first.
+std::vector<std::string> compiled_instruction_sets();
+
+}  // namespace adaselect

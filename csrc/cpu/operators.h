@@ -1,0 +1,60 @@
+// The operators of adaselect_kernels/ops.py on the CPU, and the stages they share.
+#pragma once
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "../common.h"
+
+namespace adaselect {
+
+// ---- stages
+
+struct RowShape {
+  int64_t samples;    // rows of the result
+  int64_t positions;  // rows of logits
+};
+RowShape check_row_stats(const at::Tensor& logits, const at::Tensor& targets, bool per_token);
+
+// stats[i] of every sample -> out[i] [samples], float32 or for float64 logits float64. valid [samples] (or null): one
+// of its targets is not ignore_index. Throws IndexError for a target outside [0, C).
+void row_stats(const at::Tensor& logits, const at::Tensor& targets, at::ArrayRef<int64_t> stats, bool per_token,
+               int64_t ignore_index, double label_smoothing, void* const* out, uint8_t* valid);
+
+struct Samples {
+  const void* losses;
+  const void* grad_norms;  // null unless a method needs it
+  const uint8_t* valid;    // or null
+  Dtype dtype;
+  int64_t n;
+  int64_t losses_stride = 1, grad_norms_stride = 1, valid_stride = 1;
+};
+// Scores of the batch and the update of `state` [2M + 1] (or nothing). With `indices`, also the choice of k rows.
+void batch_stage(const Samples& samples, const std::optional<at::Tensor>& state, at::ArrayRef<int64_t> methods,
+                 int64_t k, int64_t seed, at::ArrayRef<double> options, float* scores, int64_t* n_valid,
+                 int64_t* indices, bool by_score);
+bool needs_grad_norms(at::ArrayRef<int64_t> methods);
+
+// Rows of the k best scores, ascending or best first.
+void select(const void* scores, Dtype dtype, int64_t stride, int64_t n, int64_t k, bool largest, bool by_score,
+            int64_t* indices);
+
+// ---- operators
+
+at::Tensor per_sample_stats(const at::Tensor& logits, const at::Tensor& targets, at::ArrayRef<int64_t> stats,
+                            std::string_view unit, int64_t ignore_index, double label_smoothing);
+std::tuple<at::Tensor, at::Tensor> batch_scores(const at::Tensor& losses, const std::optional<at::Tensor>& grad_norms,
+                                                const std::optional<at::Tensor>& valid,
+                                                const std::optional<at::Tensor>& state, at::ArrayRef<int64_t> methods,
+                                                int64_t k, int64_t seed, at::ArrayRef<double> options);
+at::Tensor select_topk(const at::Tensor& scores, int64_t k, bool largest, std::string_view order);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> select_from_losses(
+    const at::Tensor& losses, const std::optional<at::Tensor>& grad_norms, const std::optional<at::Tensor>& state,
+    at::ArrayRef<int64_t> methods, int64_t k, std::string_view order, int64_t seed, at::ArrayRef<double> options);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
+    const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& state,
+    at::ArrayRef<int64_t> methods, int64_t k, std::string_view unit, std::string_view order, int64_t ignore_index,
+    double label_smoothing, int64_t seed, at::ArrayRef<double> options);
+
+}  // namespace adaselect
