@@ -71,7 +71,14 @@ def take_rows(batch: Any, indices: Tensor) -> Any:
 
 def slice_rows(batch: Any, start: int, stop: int) -> Any:
     """A tree of the rows [start, stop); tensors and arrays are views."""
-    return map_leaves(lambda path, leaf: leaf[start:stop] if _has_rows(path, leaf) else leaf, [batch])
+
+    def part(path: str, leaf: Any) -> Any:
+        if not _has_rows(path, leaf):
+            return leaf
+        rows = leaf[start:stop]
+        return type(leaf)(rows) if isinstance(leaf, (list, tuple)) else rows  # a slice of Rows is a plain list
+
+    return map_leaves(part, [batch])
 
 
 def join_rows(batches: Sequence[Any]) -> Any:
