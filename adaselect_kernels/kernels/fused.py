@@ -1,0 +1,165 @@
+"""Logits to selection. A training batch takes one launch: its programs compute the losses of their rows, and the one that
+arrives last scores and selects for all of them. Other shapes run the row, batch and selection launches in turn."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adaselect_kernels.kernels.batch_stage import SHIPPED_PLANS, Plan, Rows, finish_batch, make_plan, score_rows
+from adaselect_kernels.kernels.maths import float64_from_bits, float_bits, last_to_arrive
+from adaselect_kernels.kernels.row_stats import (
+    mean_over_positions,
+    row_stats,
+    row_strides,
+    stats_code,
+    tile_config,
+    tile_rows,
+    uses_tile,
+    vector_width,
+)
+from adaselect_kernels.kernels.runtime import Compilation, counters, launch_device, next_power_of_2
+from adaselect_kernels.kernels.select import ALL_ROWS_RANKED, ONE_PROGRAM_ROWS, block_warps, sort_chosen
+from adaselect_kernels.options import METHODS, STATS
+
+_LOSS, _GRAD_NORM = STATS.index("loss"), STATS.index("grad_norm")
+_CORESET1 = METHODS.index("coreset1")
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n", "k", "classes", "ignore_index", "smoothing_bits", "seed", "beta_bits", "temperature_bits", "floor_bits",
+        "power_bits",
+    ]
+)  # fmt: skip
+def fused_kernel(
+    logits_ptr, targets_ptr, state_ptr, losses_ptr, grads_ptr, arrivals_ptr,
+    scores_ptr, n_valid_ptr, indices_ptr, out_losses_ptr,
+    n, k, inner, classes, stride_outer, stride_inner, stride_class, stride_target_outer, stride_target_inner,
+    ignore_index, smoothing_bits: tl.int64, seed: tl.int64, beta_bits: tl.int64, temperature_bits: tl.int64, floor_bits: tl.int64, power_bits: tl.int64,
+    WANT: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,
+    HAS_GRAD: tl.constexpr, METHOD_CODES: tl.constexpr, M: tl.constexpr, USED: tl.constexpr, HAS_STATE: tl.constexpr,
+    BASELINE: tl.constexpr, STANDARDIZE: tl.constexpr, LOG_RATIO: tl.constexpr, HAS_FLOOR: tl.constexpr,
+    CURRICULUM: tl.constexpr, SELECT: tl.constexpr, BY_SCORE: tl.constexpr, COPY_LOSSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    COMPUTE: tl.constexpr = losses_ptr.dtype.element_ty
+    # 1. losses (and gradient norms) of this program's rows
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    values = tile_rows(
+        logits_ptr, targets_ptr, rows, n, inner, classes,
+        stride_outer, stride_inner, stride_class, stride_target_outer, stride_target_inner, ignore_index,
+        float64_from_bits(smoothing_bits).to(COMPUTE), VEC, R, W, COMPUTE, WANT,
+    )  # fmt: skip
+    tl.store(losses_ptr + rows, values[0], mask=rows < n)
+    if HAS_GRAD:
+        tl.store(grads_ptr + rows, values[2], mask=rows < n)
+
+    # 2. the program that arrives last scores and selects all rows; a row is not valid where its target is ignored
+    if last_to_arrive(arrivals_ptr, tl.num_programs(0)):
+        finish_batch(
+            losses_ptr, grads_ptr, targets_ptr, state_ptr, scores_ptr, n_valid_ptr, indices_ptr, out_losses_ptr,
+            tl.arange(0, BLOCK), n, k, 1, 1, inner, stride_target_outer, stride_target_inner, ignore_index,
+            seed, beta_bits, temperature_bits, floor_bits, power_bits,
+            HAS_GRAD, True, METHOD_CODES, M, USED, HAS_STATE, BASELINE, STANDARDIZE, LOG_RATIO, HAS_FLOOR, CURRICULUM,
+            SELECT, BY_SCORE, COPY_LOSSES, COMPUTE,
+        )  # fmt: skip
+
+
+def fused_select(
+    logits: Tensor, targets: Tensor, state: Tensor | None, methods: Sequence[int], k: int, unit: str, order: str,
+    ignore_index: int, label_smoothing: float, seed: int, options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = make_plan(methods, state is not None, options)
+    per_row = logits.dim() == 2 or unit == "token"
+    classes = logits.shape[-1]
+    n = targets.numel() if per_row else targets.shape[0]
+    if per_row and n <= ONE_PROGRAM_ROWS and not plan.selected and not (plan.baseline and methods[0] == _CORESET1):
+        inner, strides, target_strides = row_strides(logits, targets)
+        vec = vector_width(logits, strides, classes)
+        if uses_tile(classes, vec, logits.element_size()):
+            return _one_launch(
+                logits, targets, state, plan, n, k, order, ignore_index, label_smoothing, seed,
+                vec, inner, strides, target_strides,
+            )  # fmt: skip
+    return _launches_in_turn(
+        logits, targets, state, plan, per_row, n, k, order, ignore_index, label_smoothing, seed, options
+    )
+
+
+def _one_launch(
+    logits, targets, state, plan: Plan, n, k, order, ignore_index, label_smoothing, seed,
+    vec, inner, strides, target_strides,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    device = logits.device
+    block = max(16, next_power_of_2(n))
+    num_warps = block_warps(block)
+    config = tile_config(logits.shape[-1], vec, logits.element_size(), num_warps)
+    out_losses, scores, grads = torch.empty((3, n), dtype=torch.float32, device=device).unbind(0)
+    indices = torch.empty(k, dtype=torch.int64, device=device)
+    n_valid = torch.empty((), dtype=torch.int64, device=device)
+    losses = out_losses
+    if logits.dtype == torch.float64:
+        losses, grads = torch.empty((2, n), dtype=torch.float64, device=device).unbind(0)
+    by_score = order == "score" and k > 1
+    ranked = by_score and block <= ALL_ROWS_RANKED.value
+    _, want = stats_code((_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,), label_smoothing)
+    with launch_device(logits):
+        fused_kernel[(triton.cdiv(n, config.BLOCK_N),)](
+            logits, targets, losses if state is None else state, losses, grads, counters(device, 1),
+            scores, n_valid, indices, out_losses, n, k, inner, logits.shape[-1],
+            strides[0] // vec, strides[1] // vec, strides[2], *target_strides,
+            ignore_index, float_bits(label_smoothing), seed, plan.beta, plan.temperature, plan.floor, plan.power,
+            WANT=want, **config._asdict(), HAS_GRAD=plan.has_grad, **plan.flags,
+            SELECT=True, BY_SCORE=ranked, COPY_LOSSES=losses is not out_losses, BLOCK=block, num_warps=num_warps,
+        )  # fmt: skip
+        if by_score and not ranked:
+            indices = sort_chosen(scores, indices, True)
+    return indices, scores, out_losses, n_valid
+
+
+def _launches_in_turn(
+    logits, targets, state, plan: Plan, per_row, n, k, order, ignore_index, label_smoothing, seed, options
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = (_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,)
+    if per_row:
+        stats = row_stats(logits, targets, wanted, ignore_index, label_smoothing)
+        valid, invalid_value = targets, ignore_index
+    else:
+        valid, invalid_value = torch.empty(n, dtype=torch.uint8, device=logits.device), 0
+        stats = mean_over_positions(logits, targets, wanted, ignore_index, label_smoothing, valid)
+    losses = stats[0]
+    rows = Rows(losses, stats[1] if plan.has_grad else None, valid, invalid_value)
+    out_losses = torch.empty(n, dtype=torch.float32, device=logits.device) if losses.dtype == torch.float64 else None
+    scores, n_valid, indices = score_rows(rows, state, plan.methods, k, order, seed, options, out_losses)
+    assert indices is not None
+    return indices, scores, losses if out_losses is None else out_losses, n_valid
+
+
+def shipped() -> Iterator[Compilation]:
+    """The single launch: every tile size with a batch of 128 rows, and the largest batch with the default methods."""
+    for pointee, element_bytes in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
+        compute = "fp64" if pointee == "fp64" else "fp32"
+        pointers = {
+            "logits_ptr": pointee, "targets_ptr": "i64", "state_ptr": "fp64", "losses_ptr": compute, "grads_ptr": compute,
+            "arrivals_ptr": "i32", "scores_ptr": "fp32", "n_valid_ptr": "i64", "indices_ptr": "i64",
+            "out_losses_ptr": "fp32",
+        }  # fmt: skip
+        vec = 16 // element_bytes
+        for name, classes, n in (
+            ("default", 16, 128), ("default", 128, 128), ("default", 1024, 128), ("default", 16, ONE_PROGRAM_ROWS),
+            ("default", 2048, ONE_PROGRAM_ROWS), ("every", 128, 128), ("every", 2048, ONE_PROGRAM_ROWS),
+        ):  # fmt: skip
+            plan = SHIPPED_PLANS[name]
+            num_warps = block_warps(n)
+            _, want = stats_code((_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,), 0.0)
+            yield Compilation(
+                f"fused-{pointee}-{name}-C{classes}-N{n}", fused_kernel, pointers,
+                {
+                    "WANT": want, **tile_config(classes, vec, element_bytes, num_warps)._asdict(),
+                    "HAS_GRAD": plan.has_grad, **plan.flags, "SELECT": True, "BY_SCORE": False,
+                    "COPY_LOSSES": pointee == "fp64", "BLOCK": n,
+                }, num_warps, ones=("inner", "stride_class", "stride_target_outer"), load_bits=128,
+            )  # fmt: skip

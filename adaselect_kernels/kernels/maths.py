@@ -1,0 +1,103 @@
+"""Scalar and block maths every kernel shares: exponentials, noise, ordered keys, 64-bit options."""
+
+import struct
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def float_bits(value: float) -> int:
+    """The float64 pattern of `value` as a signed integer: Triton passes Python floats as float32, integers exactly."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@triton.jit
+def float64_from_bits(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def exponential(x):
+    """e^x in the dtype of x; exactly 1 at 0."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        # e^x = 2^(x log2 e), one multiply and the hardware's exp2
+        return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def exponential_precise(x):
+    """e^x for x <= 0 to a rounding or two of its own dtype; for work done once a row or a sample."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        x = tl.where(x < -200.0, -200.0, x)  # e^-200 is 0 in float32, and -inf would be inf - inf below
+        # e^x = 2^n e^r, r = x - n ln 2 with ln 2 in two parts, the first of few bits so that n times it is exact
+        n = tl.floor(x * LOG2E + 0.5)
+        r = (x - n * 0.693359375) + n * 2.12194440e-4
+        return tl.exp2(n) * tl.exp2(r * LOG2E)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x >= 0, also where 1 + x rounds x away."""
+    u = 1.0 + x
+    # log(1 + x) = log u + (x - (u - 1)) / u: the second term is what rounding u lost
+    return tl.log(u) + (x - (u - 1.0)) / u
+
+
+@triton.jit
+def is_finite(x):
+    return x - x == 0
+
+
+@triton.jit
+def strided_offset(rows, inner, stride_outer, stride_inner):
+    """Element offset, 64-bit, of position `rows` of an [outer, inner] array; inner = 1 for a vector."""
+    rows = rows.to(tl.int64)
+    return (rows // inner) * stride_outer + (rows % inner) * stride_inner
+
+
+@triton.jit
+def exponential_noise(rows, step, seed, DTYPE: tl.constexpr):
+    """E = -log u, u = (floor(b / 512) + 0.5) 2^-23 with b the first word of Philox 4x32-10."""
+    counter = rows.to(tl.uint32)
+    low = tl.zeros_like(counter) + (step & 0xFFFFFFFF).to(tl.uint32)
+    high = tl.zeros_like(counter) + (step >> 32).to(tl.uint32)
+    b, _, _, _ = tl.philox(seed.to(tl.int64), counter, low, high, tl.zeros_like(counter), 10)
+    # u = (floor(b / 512) + 0.5) 2^-23, exact in float32
+    u = ((b >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(u.to(DTYPE))
+
+
+@triton.jit
+def ordered_key(x, LARGEST: tl.constexpr):
+    """Unsigned integers that order as the scores do, better ones larger; NaN is 0, below every number; -0.0 as 0.0."""
+    if x.dtype == tl.float64:
+        bits = tl.where(x == 0, 0.0, x).to(tl.uint64, bitcast=True)
+        flip = tl.where((bits >> 63) != 0, 0xFFFFFFFFFFFFFFFF, 0x8000000000000000).to(tl.uint64)
+        worst = tl.full(bits.shape, 0xFFFFFFFFFFFFFFFF, tl.uint64)
+    else:
+        bits = tl.where(x == 0, 0.0, x).to(tl.float32).to(tl.uint32, bitcast=True)
+        flip = tl.where((bits >> 31) != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
+        worst = tl.full(bits.shape, 0xFFFFFFFF, tl.uint32)
+    key = bits ^ flip
+    if not LARGEST:
+        key = key ^ worst
+    return tl.where(x == x, key, tl.zeros_like(key))
+
+
+@triton.jit
+def last_to_arrive(counter_ptr, arrivals):
+    """True in the program that arrives last: it sees what all the others stored, and leaves the counter at 0.
+
+    The barrier makes every thread's stores precede this program's arrival; read the others' data with `.cg`.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == arrivals - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
