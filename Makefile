@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+TOOLS := triton pytest pytest-benchmark pytest-timeout hypothesis ruff clang-format 'pyright[nodejs]'
 GROUPS ?=
 TIME_LIMIT ?= 540
 
@@ -20,8 +21,8 @@ $(VENV)/.built: $(VENV)/.environment $(SOURCES)
 	$(PIP) --no-build-isolation --editable '.[demo]'
 	touch $@
 
-$(VENV)/.tested: $(VENV)/.built
-	$(PIP) --no-build-isolation --editable '.[test,lint]'
+$(VENV)/.tools: $(VENV)/.built
+	$(PIP) $(TOOLS)
 	touch $@
 
 build: $(VENV)/.built
@@ -31,22 +32,22 @@ demo: build
 
 # Two processes: Triton decides when it is imported whether kernels are compiled or interpreted.
 test: export ADASELECT_REQUIRE_EXTENSION := 1
-test: $(VENV)/.tested
+test: $(VENV)/.tools
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_kernels.py
 
-lint: $(VENV)/.tested
+lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(BIN)/pyright
 
-format: $(VENV)/.tested
+format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-bench: $(VENV)/.tested
+bench: $(VENV)/.tools
 	$(BIN)/python -m benchmarks run
 	$(BIN)/python -m benchmarks report
 
