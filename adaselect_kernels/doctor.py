@@ -57,7 +57,7 @@ def examine() -> dict[str, Any]:
     auto = {str(device): _auto_choice(device) for device in devices}
     problems = [f"{b['impl']} on {b['device']} is BROKEN: {b['detail']}" for b in backends if b["status"] == "broken"]
     if dispatch.EXTENSION is None and _extension_file() is not None:
-        problems.append(f"the compiled extension is there but does not load: {dispatch.EXTENSION_ERROR}")
+        problems.append(f"the extension is built, but {dispatch.EXTENSION_ERROR}")
     problems += [f"impl='auto' on {device}: {choice['error']}" for device, choice in auto.items() if choice["error"]]
     return {
         "ok": not problems,
@@ -204,6 +204,8 @@ def _missing() -> list[dict[str, str]]:
 
 
 def _extension_hint() -> str:
+    if _extension_file() is not None:
+        return "it is built: put right what the problem below names, or build it again"
     if _compiler_version() is None:
         return "install a C++17 compiler (Debian, Ubuntu: apt install g++), then pip install . in the source folder"
     return "build it against the torch that is installed: pip install --no-build-isolation . in the source folder"

@@ -1,7 +1,6 @@
 """The command line: `adaselect doctor` proves the backends, with and without them; wrong arguments are refused clearly."""
 
 import json
-import os
 import subprocess
 import sys
 import types
@@ -24,8 +23,8 @@ SCHEMA = {
 }
 
 
-def run_doctor(program_head: str = "", *blocked: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`adaselect doctor --json` in a process of its own, which cannot import what is `blocked`."""
+def run_doctor(program_head: str, blocked: str) -> subprocess.CompletedProcess[str]:
+    """`adaselect doctor --json` in a process of its own, which cannot import the module `blocked`."""
     hide = """
 import importlib.util
 real = importlib.util.find_spec
@@ -33,8 +32,8 @@ importlib.util.find_spec = lambda name, *rest: None if name in blocked else real
 """
     program = BLOCK + hide + "from adaselect_kernels import cli, doctor\n" + program_head
     program += "\nsys.exit(cli.main(sys.argv[2:]))"
-    arguments = [sys.executable, "-c", program, ",".join(blocked), "doctor", "--json"]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+    arguments = [sys.executable, "-c", program, blocked, "doctor", "--json"]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=240)
 
 
 def report_of(done: subprocess.CompletedProcess[str]) -> dict:
@@ -99,10 +98,15 @@ def test_without_the_extension():
     assert "pip install" in hint
 
 
-def test_an_extension_that_does_not_load_is_a_problem():
-    done = run_doctor("doctor._extension_file = lambda: 'built'", "adaselect_kernels._C")
-    assert done.returncode == 1
-    assert "is there but does not load" in report_of(done)["problems"][0]
+def test_an_extension_that_does_not_load_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "EXTENSION", None)
+    monkeypatch.setattr(dispatch, "EXTENSION_ERROR", "it does not load: undefined symbol")
+    monkeypatch.setattr(dispatch, "_EAGER", {})
+    monkeypatch.setattr(doctor, "_extension_file", lambda: "_C.so")
+    assert cli.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == ["the extension is built, but it does not load: undefined symbol"]
+    assert any("put right what the problem below names" in entry["hint"] for entry in report["missing"])
 
 
 def test_without_triton():
