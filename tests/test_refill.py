@@ -101,8 +101,7 @@ def test_the_model_is_scored_with_the_weights_of_the_moment():
         return batch[:, 1]
 
     batches = SelectedBatches(numbered([6, 6]), nn.Identity(), get_policy("big_loss", 1.0), 3, forward=forward)
-    for _ in batches:
-        events.append("update")
+    events.extend("update" for _ in batches)
     assert events == ["score", "update", "update"] * 2
 
 

@@ -72,6 +72,7 @@ class Flipper(nn.Module):
     def __init__(self):
         super().__init__()
         self.teacher = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+        self.frozen = nn.Dropout().eval()
 
     def forward(self, x):
         self.teacher.eval()
@@ -119,6 +120,12 @@ def new_spectral_norm():
     return module
 
 
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still in use
+        return torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout()))
+
+
 def old_spectral_norm(module):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and still in use
@@ -145,6 +152,7 @@ MODELS = {
     "changing flags": Flipper,
     "shared buffer": Shared,
     "rrelu": lambda: nn.RReLU(),
+    "scripted": scripted,
     "compiled": lambda: torch.compile(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), backend="eager"),
 }
 

@@ -14,7 +14,7 @@ from adaselect_kernels.policies import Policy
 from adaselect_kernels.training.batches import count_rows, join_rows, move_to, slice_rows, take_rows
 from adaselect_kernels.training.scoring import MODES, check_autocast, random_streams_kept, scoring_pass
 
-Forward = Callable[[nn.Module, Any], "tuple[Tensor, Tensor] | Tensor | SampleStats"]
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor] | Tensor | SampleStats]
 
 _FORMAT = 1
 _END = object()

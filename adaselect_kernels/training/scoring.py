@@ -153,7 +153,7 @@ def _tensors_kept(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
                 watched[id(parameter)] = parameter
         buffers = dict(module._buffers)
         bindings.append((module, buffers))
-        static = not module.training and type(module) in _STATISTICS
+        static = type(module) in _STATISTICS
         for buffer in buffers.values():
             if buffer is not None:
                 copy = module.training or not (static or type(buffer) in _LAZY or buffer.numel() > _LARGE)
@@ -200,7 +200,7 @@ class _Copies:
 
 
 def _rebind(now: dict[str, Tensor | None], before: dict[str, Tensor | None]) -> None:
-    for name in [name for name in now if name not in before]:
+    for name in [name for name, _ in now.items() if name not in before]:  # a scripted module has items only
         del now[name]
     for name, buffer in before.items():
         if name not in now or now[name] is not buffer:
