@@ -26,12 +26,12 @@ LIBRARY = torch.library.Library("adaselect", "DEF")
 SCHEMAS = {
     "per_sample_stats": "(Tensor logits, Tensor targets, int[] stats, str unit, int ignore_index, float label_smoothing)"
     " -> Tensor",
-    "batch_scores": "(Tensor losses, Tensor? grad_norms, Tensor? valid, Tensor(a!)? state, int[] methods, int k, int seed,"
+    "batch_scores": "(Tensor losses, Tensor? grad_norms, Tensor? valid, Tensor(a!)? state, int[] methods, SymInt k, int seed,"
     " float[] options) -> (Tensor, Tensor)",
-    "select_topk": "(Tensor scores, int k, bool largest, str order) -> Tensor",
-    "select_from_losses": "(Tensor losses, Tensor? grad_norms, Tensor(a!)? state, int[] methods, int k, str order, int seed,"
+    "select_topk": "(Tensor scores, SymInt k, bool largest, str order) -> Tensor",
+    "select_from_losses": "(Tensor losses, Tensor? grad_norms, Tensor(a!)? state, int[] methods, SymInt k, str order, int seed,"
     " float[] options) -> (Tensor, Tensor, Tensor)",
-    "fused_select": "(Tensor logits, Tensor targets, Tensor(a!)? state, int[] methods, int k, str unit, str order,"
+    "fused_select": "(Tensor logits, Tensor targets, Tensor(a!)? state, int[] methods, SymInt k, str unit, str order,"
     " int ignore_index, float label_smoothing, int seed, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 
@@ -46,7 +46,7 @@ def _cuda_kernel(name: str):
 
 
 for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema)  # k may be symbolic: no value-dependent shape
+    LIBRARY.define(_name + _schema)
     LIBRARY.impl(_name, _cuda_kernel(_name), "CUDA")
     # Selection is not differentiable: skip autograd, so that outputs never require a gradient.
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
