@@ -447,6 +447,18 @@ class TestEpochs:
         assert again == expected[1]
         assert batches.counts.epochs == 1
 
+    def test_a_state_saved_before_the_new_epoch_began_does_not_continue_the_old_one(self):
+        def make():
+            return SelectedBatches(numbered([6] * 3), nn.Identity(), get_policy("big_loss", 1.0), 2, forward=losses_of)
+
+        batches = make()
+        next(iter(batches))  # left early, with two more updates waiting
+        again = iter(batches)
+        next(again)
+        resumed = make()
+        resumed.load_state_dict(batches.state_dict())
+        assert [batch[:, 0].tolist() for batch in resumed] == [batch[:, 0].tolist() for batch in again]
+
     def test_an_older_iteration_is_over_when_another_starts(self):
         batches = SelectedBatches(numbered([4] * 4), nn.Identity(), get_policy("big_loss", 0.5), 2, forward=losses_of)
         first = iter(batches)
@@ -655,6 +667,16 @@ def test_a_saved_state_is_a_copy_and_holds_no_more_than_the_rows():
         batch.fill_(-1)
     assert torch.equal(state["rows"], kept)
     assert state["counts"]["updates"] == 1
+
+
+def test_a_loaded_state_is_a_copy():
+    batches, state = half_way(), half_way().state_dict()
+    batches.load_state_dict(state)
+    before = comparable(batches.state_dict())
+    state["rows"].zero_()
+    state["order"][0].zero_()
+    state["counts"]["epochs"] = 7
+    assert comparable(batches.state_dict()) == before
 
 
 def set_entry(*path_and_value):

@@ -431,7 +431,7 @@ def test_buffers_made_in_inference_mode_are_no_obstacle():
     model = Counter()
     with torch.inference_mode():
         model.seen = torch.ones(3)
-        model.table = torch.ones(3)
+        model.register_buffer("table", torch.ones(2**20 + 1))
     model.forward = lambda x: x + model.seen
     for mode in MODES:
         assert torch.equal(score(model, torch.zeros(3), mode=mode), torch.ones(3))
@@ -449,8 +449,8 @@ def test_buffers_made_in_inference_mode_are_no_obstacle():
         ),
         (lambda: nn.Linear(3, 3), {"autocast": True}, TypeError, "autocast must be None"),
         (lambda: nn.Linear(3, 3).eval(), {"mode": "train"}, ValueError, "call model.train()"),
-        (lambda: nn.LazyLinear(3), {}, RuntimeError, "'weight' is not initialised yet"),
-        (lambda: nn.Sequential(nn.LazyBatchNorm1d()), {}, RuntimeError, "'0.weight' is not initialised yet"),
+        (lambda: nn.LazyLinear(3), {}, RuntimeError, "not initialised yet: weight, bias; run one forward"),
+        (lambda: nn.Sequential(nn.LazyBatchNorm1d()), {}, RuntimeError, "not initialised yet: 0.weight, 0.bias"),
     ],
 )
 def test_refusals_change_nothing(build, arguments, error, match):

@@ -158,14 +158,11 @@ def _tensors_kept(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
             if buffer is not None:
                 copy = module.training or not (static or type(buffer) in _LAZY or buffer.numel() > _LARGE)
                 (copied if copy else watched)[id(buffer)] = buffer
-    for key, tensor in [*copied.items(), *watched.items()]:
-        if type(tensor) in _LAZY:
-            name = _names(model, {key})[0]
-            raise RuntimeError(f"{name!r} is not initialised yet: run one forward before scoring")
-        if tensor.is_inference():  # cannot be written to in place here, and has no version
-            copied.pop(key, None)
-            watched.pop(key, None)
-    versions = {key: tensor._version for key, tensor in watched.items()}
+    lazy = {key for key, tensor in (copied | watched).items() if type(tensor) in _LAZY}
+    if lazy:
+        raise RuntimeError(f"not initialised yet: {', '.join(_names(model, lazy))}; run one forward before scoring")
+    # An inference tensor has no version, and cannot be written to in place here.
+    versions = {key: tensor._version for key, tensor in watched.items() if not tensor.is_inference()}
     saved = _Copies(copied.values())
     try:
         yield
