@@ -54,14 +54,18 @@ def loss_and_grad_norm(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def loss_and_grad_norm_fusible(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in a form a compiler fuses into row reductions: norm^2 = sum_j p_j^2 - 2 p_y + 1.
+    """The same in the form a compiler makes the fastest code of: row sums of exp(z - max z), nothing of size [N, C] stored.
 
-    Nothing of size [N, C] has to be stored. It cancels as p_y -> 1 (absolute error up to about 5e-4).
+    Compiled on a CPU it takes a third to a half of the time of the form through log-softmax. The squared norm
+    sum_j p_j^2 - 2 p_y + 1 cancels as p_y -> 1 (absolute error of the norm up to about 5e-4).
     """
     logits = logits.to(torch.float32)
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    p_y = losses.neg().exp()
-    squared = logits.softmax(1).square().sum(1) - 2 * p_y + 1
+    top = logits.amax(1, keepdim=True)
+    e = (logits - top).exp()
+    d = e.sum(1)
+    shifted_y = logits.gather(1, targets[:, None])[:, 0] - top[:, 0]
+    losses = d.log() - shifted_y
+    squared = e.square().sum(1) / d.square() - 2 * shifted_y.exp() / d + 1
     return losses, squared.clamp(min=0).sqrt()
 
 

@@ -177,6 +177,23 @@ class TestGate:
         monkeypatch.setattr(gate, "CHUNK_ELEMENTS", 56)  # 7 rows at a time; 120 rows leave a shorter chunk
         torch.testing.assert_close(gate.RowOracle(oracle.rows.logits, oracle.rows.targets).table, whole)
 
+    def test_a_sampled_table_holds_both_ends(self, monkeypatch):
+        monkeypatch.setattr(gate, "SAMPLED_ELEMENTS", 8 * 64)
+        logits, targets = make_logits(500, 8, "float32", CPU, 4)
+        whole, sampled = gate.RowOracle(logits, targets), gate.RowOracle(logits, targets, sampled=True)
+        assert 32 <= len(sampled.targets) <= 64
+        assert sampled.picked is not None
+        assert {0, 15, 484, 499} <= set(sampled.picked.tolist())
+        right = whole.table["margin"].float()
+        gate.check_stats({"margin": right}, sampled)
+        for row, value in ((499, 1e3), (int(sampled.picked[20]), 1e3), (250, math.nan)):
+            wrong = right.clone()
+            wrong[row] = value
+            with pytest.raises(gate.GateError, match="margin"):
+                gate.check_stats({"margin": wrong}, sampled)
+        with pytest.raises(gate.GateError, match="shape"):
+            gate.check_stats({"margin": right[:499]}, sampled)
+
     def test_planted_faults_are_caught(self, oracle):
         right = self.select(oracle)
         k, n = len(right.indices), len(right.scores)
@@ -222,7 +239,7 @@ class TestGate:
         k = selected_count(GAMMA, 120)
         start = naive.fresh_state(4)
         chosen, state = naive.naive_select(oracle.rows.logits, oracle.rows.targets, k, self.methods, start)
-        loose = {"method_losses": state.previous_losses, "same_noise": False, "exact_ties": False}
+        loose = {"method_losses": state.previous_losses, "same_noise": False, "peer": True}
         gate.check_selection(*chosen, oracle, **loose)
         with pytest.raises(gate.GateError, match="better score"):
             gate.check_selection(*chosen._replace(scores=chosen.scores.neg()), oracle, **loose)

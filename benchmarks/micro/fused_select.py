@@ -99,7 +99,7 @@ def select_contenders(
         def gate_naive() -> gate.Report:
             start = naive.fresh_state(len(methods), device)
             chosen, state = naive.naive_select(*inputs[0], k, methods, start, noise=oracle.noise)
-            return gate.check_selection(*chosen, oracle, method_losses=state.previous_losses, exact_ties=False)
+            return gate.check_selection(*chosen, oracle, method_losses=state.previous_losses, peer=True)
 
         def gate_compiled(graphs: bool) -> gate.Report:
             chosen, state = compiled(graphs)(*inputs[0], k, methods, naive.fresh_state(len(methods), device))
@@ -110,7 +110,7 @@ def select_contenders(
                 oracle,
                 method_losses=state.previous_losses,
                 same_noise=False,
-                exact_ties=False,
+                peer=True,
                 cancelling=True,
             )
 
