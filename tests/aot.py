@@ -77,8 +77,5 @@ def _cubin_resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _ptx_load_bits(ptx: str) -> int:
-    widths = [
-        int(vector or 1) * int(bits)
-        for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
-    ]
+    widths = [int(vector or 1) * int(bits) for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)]
     return max(widths, default=0)

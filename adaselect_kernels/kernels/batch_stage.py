@@ -83,17 +83,19 @@ def load_rows(
     """Losses and gradient norms, 0 on invalid rows; which rows are valid. `.cg`: other programs may have stored them."""
     inside = rows < n
     at = rows.to(tl.int64)
-    l = tl.load(losses_ptr + at * stride_loss, mask=inside, other=0.0, cache_modifier=".cg").to(COMPUTE)
-    ok = inside & is_finite(l)
+    loss = tl.load(losses_ptr + at * stride_loss, mask=inside, other=0.0, cache_modifier=".cg").to(COMPUTE)
+    ok = inside & is_finite(loss)
     if HAS_VALID:
-        flag = tl.load(valid_ptr + strided_offset(rows, valid_inner, stride_valid_outer, stride_valid_inner), mask=inside)
+        flag = tl.load(
+            valid_ptr + strided_offset(rows, valid_inner, stride_valid_outer, stride_valid_inner), mask=inside
+        )
         ok = ok & (flag != invalid_value)
-    g = tl.zeros_like(l)
+    g = tl.zeros_like(loss)
     if HAS_GRAD:
         g = tl.load(grads_ptr + at * stride_grad, mask=inside, other=0.0, cache_modifier=".cg").to(COMPUTE)
         ok = ok & is_finite(g)
         g = tl.where(ok, g, 0.0)
-    return tl.where(ok, l, 0.0), g, ok
+    return tl.where(ok, loss, 0.0), g, ok
 
 
 @triton.jit
@@ -105,48 +107,48 @@ def moments(values, ok, n):
 
 
 @triton.jit
-def adaboost_key(l, l_max):
+def adaboost_key(loss, l_max):
     """a = 0.5 log((1 + t) / (1 - t)), t = max(l, 0) / ((1 + eps) max l), without cancelling at l = max l; 0 if max l <= 0."""
-    positive = tl.maximum(l, 0.0)
+    positive = tl.maximum(loss, 0.0)
     ratio = ((1.0 + ADA_EPS) * l_max + positive) / ((l_max - positive) + ADA_EPS * l_max)
     return tl.where(l_max > 0, 0.5 * tl.log(ratio), 0.0)
 
 
 @triton.jit
-def component(CODE: tl.constexpr, l, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min):
+def component(CODE: tl.constexpr, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min):
     """e_c of every row, 0 on invalid ones; exponents are shifted by their largest."""
     if CODE == BIG:
         # u / tau with u = l or (l - mean l) / (std l + 1e-6): differences to the maximum do not need the mean
-        e = exponential_precise((l - l_max) / l_scale)
+        e = exponential_precise((loss - l_max) / l_scale)
     elif CODE == SMALL:
-        e = exponential_precise((l_min - l) / l_scale)
+        e = exponential_precise((l_min - loss) / l_scale)
     elif CODE == GRAD:
         e = exponential_precise((g - g_max) / g_scale)
     elif CODE == ADA:
         # the importance is 1/n where sum a = 0, which is where max l <= 0
-        e = tl.where(l_max > 0, adaboost_key(l, l_max), 1.0)
+        e = tl.where(l_max > 0, adaboost_key(loss, l_max), 1.0)
     elif CODE == MIDDLE:
-        e = exponential_precise((middle_min - tl.abs(l - l_mean)) / l_scale)
+        e = exponential_precise((middle_min - tl.abs(loss - l_mean)) / l_scale)
     else:
         e = noise
     return tl.where(ok, e, 0.0)
 
 
 @triton.jit
-def baseline_key(METHOD: tl.constexpr, l, g, noise, l_mean, l_max, l_min):
+def baseline_key(METHOD: tl.constexpr, loss, g, noise, l_mean, l_max, l_min):
     """The method's k largest keys are its choice; coreset1's is for reporting only."""
     if METHOD == 0:
-        key = l
+        key = loss
     elif METHOD == 1:
-        key = -l
+        key = -loss
     elif METHOD == 2:
         key = g
     elif METHOD == 3:
-        key = adaboost_key(l, l_max)
+        key = adaboost_key(loss, l_max)
     elif METHOD == 4:
-        key = tl.maximum(l - l_min, l_max - l)
+        key = tl.maximum(loss - l_min, l_max - loss)
     elif METHOD == 5:
-        key = -tl.abs(l - l_mean)
+        key = -tl.abs(loss - l_mean)
     else:
         key = noise
     return key
@@ -228,13 +230,13 @@ def weigh(
 
 
 @triton.jit
-def reward(l, l_squares, n_valid, step, power, CURRICULUM: tl.constexpr):
+def reward(loss, l_squares, n_valid, step, power, CURRICULUM: tl.constexpr):
     """r = exp(-t^power l / scale), scale = sum l^2 (CURRICULUM = 1) or sqrt(mean l^2) (2); 1 when every loss is 0."""
-    strength = tl.exp(power * tl.log(step)).to(l.dtype)
+    strength = tl.exp(power * tl.log(step)).to(loss.dtype)
     scale = l_squares
     if CURRICULUM == 2:
-        scale = tl.sqrt(l_squares / tl.maximum(n_valid, 1).to(l.dtype))
-    return tl.where(l_squares > 0, tl.exp(-strength * l / scale), 1.0)
+        scale = tl.sqrt(l_squares / tl.maximum(n_valid, 1).to(loss.dtype))
+    return tl.where(l_squares > 0, tl.exp(-strength * loss / scale), 1.0)
 
 
 @triton.jit
@@ -248,74 +250,78 @@ def spread(std, temperature, STANDARDIZE: tl.constexpr):
 
 @triton.jit
 def mixed_score(
-    factors, l, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED: tl.constexpr
+    factors, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED: tl.constexpr
 ):
     """sum_c factor_c e_c; factors [LANES]."""
     lane = tl.arange(0, LANES)
-    score = tl.zeros_like(l)
+    score = tl.zeros_like(loss)
     for c in tl.static_range(COMPONENTS):
         if (USED >> c) & 1:
-            factor = tl.sum(tl.where(lane == c, factors, 0.0), axis=0).to(l.dtype)
+            factor = tl.sum(tl.where(lane == c, factors, 0.0), axis=0).to(loss.dtype)
             score += factor * component(
-                c, l, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min
+                c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min
             )
     return score
 
 
 @triton.jit
 def score_batch(
-    l, g, ok, rows, state_ptr, seed, beta, temperature, floor, power,
+    loss, g, ok, rows, state_ptr, seed, beta, temperature, floor, power,
     METHOD_CODES: tl.constexpr, M: tl.constexpr, USED: tl.constexpr, HAS_STATE: tl.constexpr, BASELINE: tl.constexpr,
     STANDARDIZE: tl.constexpr, LOG_RATIO: tl.constexpr, HAS_FLOOR: tl.constexpr, CURRICULUM: tl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK] float32 of a whole batch in one program, the number of valid rows; updates the state."""
     lane = tl.arange(0, LANES)
     step = load_step(state_ptr, HAS_STATE, M)
-    noise = l
+    noise = loss
     if USES_NOISE & USED:
-        noise = exponential_noise(rows, step.to(tl.int64), seed, l.dtype)
+        noise = exponential_noise(rows, step.to(tl.int64), seed, loss.dtype)
 
     # 1. moments over valid rows
     n_valid = tl.sum(ok.to(tl.int32), axis=0)
-    count = tl.maximum(n_valid, 1).to(l.dtype)
-    l_mean, l_apart, l_max = moments(l, ok, n_valid)
-    l_min = tl.min(tl.where(ok, l, float("inf")), axis=0)
+    count = tl.maximum(n_valid, 1).to(loss.dtype)
+    l_mean, l_apart, l_max = moments(loss, ok, n_valid)
+    l_min = tl.min(tl.where(ok, loss, float("inf")), axis=0)
     if BASELINE:
-        score = baseline_key(METHOD_CODES & 15, l, g, noise, l_mean, l_max, l_min)
+        score = baseline_key(METHOD_CODES & 15, loss, g, noise, l_mean, l_max, l_min)
         if HAS_STATE:
             tl.store(state_ptr + 2 * M, step + 1.0)
     else:
-        l_scale = spread(tl.sqrt(l_apart / count), temperature.to(l.dtype), STANDARDIZE)
+        l_scale = spread(tl.sqrt(l_apart / count), temperature.to(loss.dtype), STANDARDIZE)
         g_max = l_max
         g_scale = l_scale
         if USES_GRAD & USED:
             _, g_apart, g_max = moments(g, ok, n_valid)
-            g_scale = spread(tl.sqrt(g_apart / count), temperature.to(l.dtype), STANDARDIZE)
+            g_scale = spread(tl.sqrt(g_apart / count), temperature.to(loss.dtype), STANDARDIZE)
         middle_min = l_min
         if USES_MIDDLE & USED:
-            middle_min = tl.min(tl.where(ok, tl.abs(l - l_mean), float("inf")), axis=0)
+            middle_min = tl.min(tl.where(ok, tl.abs(loss - l_mean), float("inf")), axis=0)
 
         # 2. sums of every component, alone and weighted by the losses
         sums = tl.full([LANES], 1.0, tl.float64)
         weighted = tl.zeros([LANES], tl.float64)
         for c in tl.static_range(COMPONENTS):
             if (USED >> c) & 1:
-                e = component(c, l, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
+                e = component(c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
                 sums = tl.where(lane == c, tl.sum(e, axis=0).to(tl.float64), sums)
-                weighted = tl.where(lane == c, tl.sum(e * l, axis=0).to(tl.float64), weighted)
+                weighted = tl.where(lane == c, tl.sum(e * loss, axis=0).to(tl.float64), weighted)
 
         # 3. weights, then s = r sum_m w alpha
         factors = weigh(
             sums, weighted, n_valid, sums, state_ptr, step, beta, floor,
             METHOD_CODES, M, HAS_STATE, False, LOG_RATIO, HAS_FLOOR,
         )  # fmt: skip
-        score = mixed_score(factors, l, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED)
+        score = mixed_score(
+            factors, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED
+        )
         if CURRICULUM:
-            score *= reward(l, tl.sum(l * l, axis=0), n_valid, step, power, CURRICULUM)
+            score *= reward(loss, tl.sum(loss * loss, axis=0), n_valid, step, power, CURRICULUM)
     return tl.where(ok, score, float("-inf")).to(tl.float32), n_valid
 
 
-@triton.jit(do_not_specialize=["n", "k", "invalid_value", "seed", "beta_bits", "temperature_bits", "floor_bits", "power_bits"])
+@triton.jit(
+    do_not_specialize=["n", "k", "invalid_value", "seed", "beta_bits", "temperature_bits", "floor_bits", "power_bits"]
+)
 def batch_kernel(
     losses_ptr, grads_ptr, valid_ptr, state_ptr, scores_ptr, n_valid_ptr, indices_ptr, out_losses_ptr,
     n, k, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
@@ -348,12 +354,12 @@ def finish_batch(
     SELECT: tl.constexpr, BY_SCORE: tl.constexpr, COPY_LOSSES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Everything after the losses, for all rows of a batch: what a one-program launch and the fused launch end with."""
-    l, g, ok = load_rows(
+    loss, g, ok = load_rows(
         losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
         valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
     )  # fmt: skip
     scores, n_valid = score_batch(
-        l, g, ok, rows, state_ptr, seed.to(tl.int64), float64_from_bits(beta_bits), float64_from_bits(temperature_bits),
+        loss, g, ok, rows, state_ptr, seed.to(tl.int64), float64_from_bits(beta_bits), float64_from_bits(temperature_bits),
         float64_from_bits(floor_bits), float64_from_bits(power_bits),
         METHOD_CODES, M, USED, HAS_STATE, BASELINE, STANDARDIZE, LOG_RATIO, HAS_FLOOR, CURRICULUM,
     )  # fmt: skip
@@ -391,21 +397,21 @@ def moments_kernel(
     # 1. this program's rows, block by block
     for i in range(iterations):
         rows = (program.to(tl.int64) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
-        l, g, ok = load_rows(
+        loss, g, ok = load_rows(
             losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
             valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
         )  # fmt: skip
         block_n = tl.sum(ok.to(tl.int32), axis=0)
         block_count = block_n.to(tl.float64)
         both = tl.maximum(count + block_count, 1.0)
-        block_mean, block_apart, block_max = moments(l, ok, block_n)
+        block_mean, block_apart, block_max = moments(loss, ok, block_n)
         # Chan's update: M2 += M2' + (mean' - mean)^2 n n' / (n + n')
         apart = block_mean.to(tl.float64) - l_mean
         l_apart += block_apart.to(tl.float64) + apart * apart * count * block_count / both
         l_mean += apart * block_count / both
         l_max = tl.maximum(l_max, block_max.to(tl.float64))
-        l_min = tl.minimum(l_min, tl.min(tl.where(ok, l, float("inf")), axis=0).to(tl.float64))
-        l_squares += tl.sum(l * l, axis=0).to(tl.float64)
+        l_min = tl.minimum(l_min, tl.min(tl.where(ok, loss, float("inf")), axis=0).to(tl.float64))
+        l_squares += tl.sum(loss * loss, axis=0).to(tl.float64)
         if HAS_GRAD:
             block_mean, block_apart, block_max = moments(g, ok, block_n)
             apart = block_mean.to(tl.float64) - g_mean
@@ -502,22 +508,22 @@ def sums_kernel(
     middle_min = tl.full([], float("inf"), COMPUTE)
     for i in range(iterations):
         rows = (program.to(tl.int64) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
-        l, g, ok = load_rows(
+        loss, g, ok = load_rows(
             losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
             valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
         )  # fmt: skip
         noise = _noise(rows, summary_ptr, seed, USED, COMPUTE)
         if USES_MIDDLE & USED:
-            closer = tl.minimum(middle_min, tl.min(tl.where(ok, tl.abs(l - l_mean), float("inf")), axis=0))
+            closer = tl.minimum(middle_min, tl.min(tl.where(ok, tl.abs(loss - l_mean), float("inf")), axis=0))
             factor = _closer(closer, middle_min, l_scale)
             sums = tl.where(lane == MIDDLE, sums * factor, sums)
             weighted = tl.where(lane == MIDDLE, weighted * factor, weighted)
             middle_min = closer
         for c in tl.static_range(COMPONENTS):
             if (USED >> c) & 1:
-                e = component(c, l, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
+                e = component(c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
                 sums += tl.where(lane == c, tl.sum(e, axis=0).to(tl.float64), 0.0)
-                weighted += tl.where(lane == c, tl.sum(e * l, axis=0).to(tl.float64), 0.0)
+                weighted += tl.where(lane == c, tl.sum(e * loss, axis=0).to(tl.float64), 0.0)
     tl.store(partials_ptr + lane * programs + program, sums)
     tl.store(partials_ptr + (LANES + lane) * programs + program, weighted)
     tl.store(partials_ptr + 2 * LANES * programs + program, middle_min.to(tl.float64))
@@ -568,7 +574,7 @@ def scores_kernel(
     """Third step: the score of every row; with KEY_METHOD >= 0 that method's baseline key. -inf on invalid rows."""
     COMPUTE: tl.constexpr = tl.float64 if losses_ptr.dtype.element_ty == tl.float64 else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    l, g, ok = load_rows(
+    loss, g, ok = load_rows(
         losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
         valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
     )  # fmt: skip
@@ -577,7 +583,7 @@ def scores_kernel(
     l_max = _number(summary_ptr, L_MAX, COMPUTE)
     l_min = _number(summary_ptr, L_MIN, COMPUTE)
     if KEY_METHOD >= 0:
-        score = baseline_key(KEY_METHOD, l, g, noise, l_mean, l_max, l_min)
+        score = baseline_key(KEY_METHOD, loss, g, noise, l_mean, l_max, l_min)
     else:
         temperature = float64_from_bits(temperature_bits).to(COMPUTE)
         l_scale = spread(_number(summary_ptr, L_STD, COMPUTE), temperature, STANDARDIZE)
@@ -587,10 +593,12 @@ def scores_kernel(
             g_scale = spread(_number(summary_ptr, G_STD, COMPUTE), temperature, STANDARDIZE)
         factors = tl.load(summary_ptr + COEFFICIENTS + tl.arange(0, LANES))
         middle_min = _number(summary_ptr, MIDDLE_MIN, COMPUTE)
-        score = mixed_score(factors, l, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED)
+        score = mixed_score(
+            factors, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED
+        )
         if CURRICULUM:
             score *= reward(
-                l, _number(summary_ptr, L_SQUARES, COMPUTE), tl.load(summary_ptr + N_VALID),
+                loss, _number(summary_ptr, L_SQUARES, COMPUTE), tl.load(summary_ptr + N_VALID),
                 tl.load(summary_ptr + STEP), float64_from_bits(power_bits), CURRICULUM,
             )  # fmt: skip
     score = tl.where(ok, score, float("-inf")).to(scores_ptr.dtype.element_ty)
@@ -612,11 +620,11 @@ def chosen_loss_kernel(
     for i in range(iterations):
         position = (program.to(tl.int64) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
         rows = tl.load(chosen_ptr + position, mask=position < k, other=n)
-        l, _, ok = load_rows(
+        loss, _, ok = load_rows(
             losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
             valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
         )  # fmt: skip
-        total += tl.sum(l, axis=0).to(tl.float64)
+        total += tl.sum(loss, axis=0).to(tl.float64)
         count += tl.sum(ok.to(tl.int32), axis=0).to(tl.float64)
     tl.store(partials_ptr + program, total)
     tl.store(partials_ptr + programs + program, count)
@@ -643,7 +651,9 @@ def copy_rows_kernel(from_ptr, to_ptr, chosen_ptr, k, BLOCK: tl.constexpr):
     tl.store(to_ptr + rows, tl.load(from_ptr + rows, mask=position < k, other=0.0), mask=position < k)
 
 
-LARGE_BLOCK = 1024  # 4 rows a thread of 8 warps: noise and six exponentials a row want many rows in flight, not registers
+LARGE_BLOCK = (
+    1024  # 4 rows a thread of 8 warps: noise and six exponentials a row want many rows in flight, not registers
+)
 LARGE_WARPS = 8
 MOVE_BLOCK = 1024
 
@@ -725,7 +735,9 @@ class Rows(NamedTuple):
         return {"HAS_GRAD": self.grads is not None, "HAS_VALID": self.valid is not None}
 
 
-def one_program(rows: Rows, state: Tensor | None, plan: Plan, k: int, order: str | None, seed: int, out_losses: Tensor | None):
+def one_program(
+    rows: Rows, state: Tensor | None, plan: Plan, k: int, order: str | None, seed: int, out_losses: Tensor | None
+):
     """Scores, number of valid rows and (unless `order` is None) indices of a batch that fits one program."""
     losses = rows.losses
     n, device = losses.shape[0], losses.device

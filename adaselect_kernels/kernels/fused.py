@@ -38,7 +38,8 @@ def fused_kernel(
     logits_ptr, targets_ptr, state_ptr, losses_ptr, grads_ptr, arrivals_ptr,
     scores_ptr, n_valid_ptr, indices_ptr, out_losses_ptr,
     n, k, inner, classes, stride_outer, stride_inner, stride_class, stride_target_outer, stride_target_inner,
-    ignore_index, smoothing_bits: tl.int64, seed: tl.int64, beta_bits: tl.int64, temperature_bits: tl.int64, floor_bits: tl.int64, power_bits: tl.int64,
+    ignore_index, smoothing_bits: tl.int64, seed: tl.int64, beta_bits: tl.int64, temperature_bits: tl.int64,
+    floor_bits: tl.int64, power_bits: tl.int64,
     WANT: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,
     HAS_GRAD: tl.constexpr, METHOD_CODES: tl.constexpr, M: tl.constexpr, USED: tl.constexpr, HAS_STATE: tl.constexpr,
     BASELINE: tl.constexpr, STANDARDIZE: tl.constexpr, LOG_RATIO: tl.constexpr, HAS_FLOOR: tl.constexpr,
@@ -152,6 +153,8 @@ def shipped() -> Iterator[Compilation]:
             ("default", 16, 128), ("default", 128, 128), ("default", 1024, 128), ("default", 16, ONE_PROGRAM_ROWS),
             ("default", 2048, ONE_PROGRAM_ROWS), ("every", 128, 128), ("every", 2048, ONE_PROGRAM_ROWS),
         ):  # fmt: skip
+            if pointee in ("fp16", "fp64") and classes != 128:
+                continue  # the same code as bfloat16's, and a rare type: the middle ones stand for the others
             plan = SHIPPED_PLANS[name]
             num_warps = block_warps(n)
             _, want = stats_code((_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,), 0.0)

@@ -1,7 +1,7 @@
 """Per-sample statistics of [N, C] and [N, T, C] logits, each logit read once.
 
-Three shapes of work, one mathematics. A tile holds whole rows in registers ([R, B, W]: R registers, B rows, W neighbouring
-columns); a stream walks one row a program in blocks with an online maximum; a split stream shares a row among programs.
+Three shapes of work, one mathematics. A tile holds whole rows in registers ([R, B, W], or [B, R, W]: B rows, R registers, W
+neighbouring columns); a stream walks one row a program in blocks with an online maximum; a split stream shares a row among programs.
 
 The target's column never enters the sums, so with m' = max_{j != y} z_j they are S1 = sum_{j != y} e^(z_j - m') and so on:
 the label margin comes for free and a confident row keeps its digits. `finish_row` brings them to m = max(m', z_y).
@@ -26,6 +26,7 @@ from adaselect_kernels.kernels.maths import (
     strided_offset,
 )
 from adaselect_kernels.kernels.runtime import (
+    TRITON_VERSION,
     WARP_SIZE,
     Compilation,
     counters,
@@ -45,6 +46,43 @@ NEEDS_NAN = tl.constexpr(_BIT["margin"] | _BIT["top2_margin"] | _BIT["correct"])
 NEEDS_SUM = tl.constexpr(_SMOOTHING)
 NO_COLUMN = tl.constexpr(2**31 - 1)
 PARTIALS = tl.constexpr(8)
+# Triton deals threads to the columns of a tile first, then to its first axis (3.6) or its second (later ones). That one
+# must be the rows, so that a row's R vectors stay in the registers of its threads.
+ROWS_AXIS = tl.constexpr(0 if TRITON_VERSION < (3, 7) else 1)
+
+
+@triton.jit
+def over_registers(x):
+    """[R] as a block that broadcasts along its own axis of a tile."""
+    return x[:, None, None] if ROWS_AXIS == 1 else x[None, :, None]
+
+
+@triton.jit
+def over_rows(x):
+    """[B] likewise."""
+    return x[None, :, None] if ROWS_AXIS == 1 else x[:, None, None]
+
+
+@triton.jit
+def over_columns(x):
+    """[W] likewise."""
+    return x[None, None, :]
+
+
+@triton.jit
+def tile_sum(x):
+    """Sum over the registers, then the columns: [B]."""
+    return tl.sum(tl.sum(x, axis=1 - ROWS_AXIS), axis=1)
+
+
+@triton.jit
+def tile_max(x):
+    return tl.max(tl.max(x, axis=1 - ROWS_AXIS), axis=1)
+
+
+@triton.jit
+def tile_min(x):
+    return tl.min(tl.min(x, axis=1 - ROWS_AXIS), axis=1)
 
 
 @triton.jit
@@ -72,40 +110,42 @@ def rescale_to(m, top):
 
 
 @triton.jit
-def accumulate(m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y, EXCLUDE: tl.constexpr, WANT: tl.constexpr):
+def accumulate(
+    m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y, EXCLUDE: tl.constexpr, WANT: tl.constexpr
+):
     """Add the block z [R, B, W] (-inf outside) to partials [B]; y and z_y broadcast to [1, B, 1]."""
     if NEEDS_RANK & WANT:
         # beaten: a larger logit, or an equal one of a lower class
         ahead = (z > z_y) | ((z == z_y) & (cols < y) & inside)
-        beaten = tl.maximum(beaten, tl.max(tl.max(ahead.to(tl.int32), axis=0), axis=1))
+        beaten = tl.maximum(beaten, tile_max(ahead.to(tl.int32)))
     if NEEDS_NAN & WANT:
-        nan = tl.maximum(nan, tl.max(tl.max((z != z).to(tl.int32), axis=0), axis=1))
+        nan = tl.maximum(nan, tile_max((z != z).to(tl.int32)))
     if NEEDS_SUM & WANT:
-        zsum += tl.sum(tl.sum(tl.where(inside & (cols != y), z - z_y, 0.0), axis=0), axis=1)
+        zsum += tile_sum(tl.where(inside & (cols != y), z - z_y, 0.0))
     if EXCLUDE:
         z = tl.where(cols == y, float("-inf"), z)
 
-    block_m = tl.max(tl.max(z, axis=0), axis=1)
+    block_m = tile_max(z)
     top = tl.maximum(m, block_m)
     if NEEDS_SECOND & WANT:
         # second largest, with multiplicity: strike out the first column that reaches the block's maximum
-        first = tl.min(tl.min(tl.where(z == block_m[None, :, None], cols, NO_COLUMN), axis=0), axis=1)
-        rest = tl.where(cols == first[None, :, None], float("-inf"), z)
-        block_second = tl.max(tl.max(rest, axis=0), axis=1)
+        first = tile_min(tl.where(z == over_rows(block_m), cols, NO_COLUMN))
+        rest = tl.where(cols == over_rows(first), float("-inf"), z)
+        block_second = tile_max(rest)
         second = tl.maximum(tl.minimum(m, block_m), tl.maximum(second, block_second))
 
     # e_j = exp(z_j - m'), 0 in a block of only -inf
-    x = z - tl.where(top == float("-inf"), 0.0, top)[None, :, None]
+    x = z - over_rows(tl.where(top == float("-inf"), 0.0, top))
     e = exponential(x)
     delta = rescale_to(m, top)
     scale = exponential(delta)
     if NEEDS_ENTROPY & WANT:
         # sum e x, relative to the new maximum: e (x + delta); 0 * -inf counts 0
-        block_ex = tl.sum(tl.sum(tl.where(e == 0.0, 0.0, e * x), axis=0), axis=1)
+        block_ex = tile_sum(tl.where(e == 0.0, 0.0, e * x))
         ex = scale * (ex + s1 * delta) + block_ex
-    s1 = s1 * scale + tl.sum(tl.sum(e, axis=0), axis=1)
+    s1 = s1 * scale + tile_sum(e)
     if NEEDS_SQUARES & WANT:
-        s2 = s2 * (scale * scale) + tl.sum(tl.sum(e * e, axis=0), axis=1)
+        s2 = s2 * (scale * scale) + tile_sum(e * e)
     return top, s1, s2, ex, second, beaten, nan, zsum
 
 
@@ -197,20 +237,20 @@ def tile_rows(
 
     # 2. logits: thread neighbours read neighbouring vectors; column = VEC * vector + lane
     row_offset = strided_offset(rows, inner, stride_outer, stride_inner) * VEC
-    vector = tl.arange(0, R)[:, None, None] * (W // VEC) + (tl.arange(0, W) // VEC)[None, None, :]
-    cols = tl.arange(0, R)[:, None, None] * W + tl.arange(0, W)[None, None, :]
-    inside = (vector < classes // VEC) & (y >= 0)[None, :, None]
+    vector = over_registers(tl.arange(0, R)) * (W // VEC) + over_columns(tl.arange(0, W) // VEC)
+    cols = over_registers(tl.arange(0, R)) * W + over_columns(tl.arange(0, W))
+    inside = (vector < classes // VEC) & over_rows(y >= 0)
     if VEC == 1:
-        offsets = row_offset[None, :, None] + cols.to(tl.int64) * stride_class
+        offsets = over_rows(row_offset) + cols.to(tl.int64) * stride_class
     else:
-        offsets = row_offset[None, :, None] + cols
+        offsets = over_rows(row_offset) + cols
     z = tl.load(logits_ptr + offsets, mask=inside, other=float("-inf")).to(COMPUTE)
     z_y = tl.load(logits_ptr + row_offset + y.to(tl.int64) * stride_class, mask=y >= 0, other=0.0).to(COMPUTE)
 
     # 3. sums over j != y, then the statistics
     m, s1, s2, ex, second, beaten, nan, zsum = empty_partials(z_y)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
-        m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y[None, :, None], z_y[None, :, None], True, WANT
+        m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, over_rows(y), over_rows(z_y), True, WANT
     )
     return finish_row(m, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, classes, smoothing, WANT)
 
@@ -283,7 +323,7 @@ def stream_kernel(
     edge_z = tl.load(row_ptr + edge.to(tl.int64) * stride_class, mask=in_edge, other=float("-inf")).to(COMPUTE)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
         m, s1, s2, ex, second, beaten, nan, zsum,
-        edge_z[None, :, None], edge[None, :, None], in_edge[None, :, None], y, z_y, True, WANT,
+        over_rows(edge_z), over_rows(edge), over_rows(in_edge), y, z_y, True, WANT,
     )  # fmt: skip
 
     # 4. body: every block but the target's needs no comparison with y
@@ -329,9 +369,7 @@ def stream_kernel(
                 WANT,
             )
             smoothing = float64_from_bits(smoothing_bits).to(COMPUTE)
-            values = finish_row(
-                m, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, classes, smoothing, WANT
-            )
+            values = finish_row(m, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, classes, smoothing, WANT)
             store_stats(out_ptr, row, n_rows, row < n_rows, values, ORDER, S)
     else:
         smoothing = float64_from_bits(smoothing_bits).to(COMPUTE)
@@ -340,12 +378,10 @@ def stream_kernel(
 
 
 @triton.jit
-def _load_block(
-    body_ptr, first, end, head, stride_class, VEC: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr
-):
+def _load_block(body_ptr, first, end, head, stride_class, VEC: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr):
     """Vectors first .. first + R * LANES of the body as [R, LANES, VEC], -inf from `end` on; their columns; which exist."""
-    vector = first + tl.arange(0, R)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    local = vector * VEC + tl.arange(0, VEC)[None, None, :]
+    vector = first + over_registers(tl.arange(0, R)) * LANES + over_rows(tl.arange(0, LANES))
+    local = vector * VEC + over_columns(tl.arange(0, VEC))
     inside = tl.broadcast_to(vector < end, local.shape)
     if stride_class == 1:
         pointers = body_ptr + local
@@ -532,7 +568,12 @@ def per_sample_stats(
 
 
 def mean_over_positions(
-    logits: Tensor, targets: Tensor, stats: Sequence[int], ignore_index: int, label_smoothing: float, valid: Tensor | None
+    logits: Tensor,
+    targets: Tensor,
+    stats: Sequence[int],
+    ignore_index: int,
+    label_smoothing: float,
+    valid: Tensor | None,
 ) -> Tensor:
     """[S, N] of [N, T, C] logits; `valid` [N] uint8 receives whether a sample has a position that is not ignored."""
     per_position = row_stats(logits, targets, stats, ignore_index, label_smoothing)
@@ -555,7 +596,8 @@ _LOSS_AND_NORM = (0, 2)
 
 
 def shipped() -> Iterator[Compilation]:
-    """Every tile and stream configuration, with the statistics of a selection and with all of them."""
+    """Every tile and stream configuration for float32 and bfloat16, with the statistics of a selection and with all of
+    them; float16 has bfloat16's, float64's are few: of both the middle ones."""
     for dtype, pointee in _POINTEE.items():
         compute = "fp64" if dtype == torch.float64 else "fp32"
         pointers = {"logits_ptr": pointee, "targets_ptr": "i64", "out_ptr": compute}
@@ -564,7 +606,8 @@ def shipped() -> Iterator[Compilation]:
             order, want = stats_code(stats, 0.1 if stats is _ALL else 0.0)
             codes = {"ORDER": order, "S": len(stats), "WANT": want}
             label = f"{pointee}-{'all' if stats is _ALL else 'loss+norm'}"
-            for classes in _THREADS_PER_ROW:
+            fully = dtype in (torch.float32, torch.bfloat16)
+            for classes in _THREADS_PER_ROW if fully else (16, 128, 1024):
                 for vec in {full, 1} if classes <= UNALIGNED_TILE_MAX_CLASSES else {full}:
                     config = tile_config(classes, vec, dtype.itemsize, TILE_WARPS)
                     yield Compilation(
@@ -572,7 +615,8 @@ def shipped() -> Iterator[Compilation]:
                         ones=("inner", "stride_class", "stride_target_outer"),
                         load_bits=8 * vec * dtype.itemsize,
                     )  # fmt: skip
-            for classes, splits in ((2048, 1), (16384, 1), (131072, 1), (131072, MAX_SPLITS)):
+            streams = ((2048, 1), (16384, 1), (131072, 1), (131072, MAX_SPLITS))
+            for classes, splits in streams if fully else streams[1:2]:
                 config, num_warps = stream_config(classes, dtype.itemsize)
                 yield Compilation(
                     f"stream-{label}-C{classes}-split{splits}", stream_kernel,

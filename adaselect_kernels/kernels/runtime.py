@@ -5,8 +5,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 WARP_SIZE = 64 if torch.version.hip else 32
 
 

@@ -147,7 +147,9 @@ def digit_kernel(
             parts_ptr = counts_ptr + parts.to(tl.int64) * (BINS + 1)
             part_above = tl.load(parts_ptr + 1 + digit, mask=live, other=0, cache_modifier=".cg")
             # one digit lower everything equal is above too
-            lower = tl.load(parts_ptr + digit, mask=parts < tl.where(digit > 0, programs, 0), other=0, cache_modifier=".cg")
+            lower = tl.load(
+                parts_ptr + digit, mask=parts < tl.where(digit > 0, programs, 0), other=0, cache_modifier=".cg"
+            )
             all_keys = tl.load(parts_ptr, mask=live, other=0, cache_modifier=".cg")
             part_equal = tl.where(digit > 0, lower, all_keys) - part_above
             tl.debug_barrier()
@@ -296,9 +298,7 @@ def sort_chosen(scores: Tensor, chosen: Tensor, largest: bool) -> Tensor:
             scores, chosen, indices, k, stride, LARGEST=largest, BLOCK=RANK_BLOCK, OTHERS=RANK_OTHERS, num_warps=4
         )
         return indices
-    keys = torch.empty(
-        k, dtype=torch.int64 if scores.dtype == torch.float64 else torch.int32, device=scores.device
-    )
+    keys = torch.empty(k, dtype=torch.int64 if scores.dtype == torch.float64 else torch.int32, device=scores.device)
     gather_keys_kernel[(triton.cdiv(k, GATHER_BLOCK),)](
         scores, chosen, keys, k, stride, LARGEST=largest, BLOCK=GATHER_BLOCK, num_warps=4
     )
