@@ -159,7 +159,7 @@ def _growth(document: Document) -> Figure:
         axes.set_xscale("log")
         axes.set_yscale("log")
         ticks = sorted({r["params"][parameter] for r in _measured(document) if r["params"]["sweep"] == sweep})
-        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], fontsize=8)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         axes.minorticks_off()
         axes.set_xlabel(sweep)
         axes.set_ylabel("microseconds")

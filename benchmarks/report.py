@@ -159,7 +159,7 @@ def _growth_table(document: Mapping[str, Any]) -> str:
         (x0, y0), (x1, y1) = fit["first"], fit["last"]
         show = _number if fit["quantity"] == "time" else (lambda y: f"{y:,.0f}")
         unit = "us" if fit["quantity"] == "time" else "bytes"
-        ends = f"{show(y0)} at {x0:g}, {show(y1)} at {x1:g}"
+        ends = f"{show(y0)} at {x0:,}, {show(y1)} at {x1:,}"
         rows.append([fit["sweep"], fit["contender"], f"{fit['quantity']}, {unit}", f"{fit['slope']:.2f}", ends])
     return _table(("over", "contender", "of", "exponent", "ends of the sweep"), rows)
 

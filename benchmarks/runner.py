@@ -59,6 +59,8 @@ def run_groups(
 def run_group(group: Group, device: torch.device, *, quick: bool, deadline: float = float("inf")) -> dict[str, Any]:
     """One group's document (records.py has the format). Cases after the deadline are recorded as skipped."""
     began = time.monotonic()
+    # before anything runs: the sources may change meanwhile
+    environment, kernels = records.environment(device), records.kernel_hashes(device.type, group.families)
     cases = group.cases(device, quick)
     found: list[dict[str, Any]] = []
     with progress(group.title, len(cases)) as announce:
@@ -80,8 +82,8 @@ def run_group(group: Group, device: torch.device, *, quick: bool, deadline: floa
         "complete": not any(r["reason"] == "the time limit was reached" for r in found),
         "seconds": round(time.monotonic() - began, 1),
         "implementation": records.implementation(device),
-        "environment": records.environment(device),
-        "kernels": records.kernel_hashes(device.type, group.families),
+        "environment": environment,
+        "kernels": kernels,
         "records": found,
         "fits": group.fits(found),
     }

@@ -41,7 +41,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         for point in points:
             case = select_case(dtype="float32", quick=quick, names=names, sweep=sweep, **point)
             value = case.params[PARAMETERS[sweep]]
-            found.append(Case(f"{sweep}={value:g}", case.params, case.input_bytes, case.min_bytes, case.build))
+            found.append(Case(f"{sweep}={value}", case.params, case.input_bytes, case.min_bytes, case.build))
     return found
 
 
