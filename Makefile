@@ -48,13 +48,24 @@ format: $(VENV)/.tools
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: $(VENV)/.tools
-	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m benchmarks run --device cpu --time-limit 340
 	$(BIN)/python -m benchmarks report
 
 # On a machine with a GPU, which may have no network: uses the Python, torch and compilers found there.
 gpu:
-	$(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m benchmarks gpu --groups "$(GROUPS)" --time-limit $(TIME_LIMIT)
+
+# The operator tests on C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.tools
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r adaselect_kernels csrc tests benchmarks setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/adaselect_kernels/*.so
+	cd $(SANITIZED) && ADASELECT_SANITIZE=address,undefined ADASELECT_REQUIRE_EXTENSION=1 \
+		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ADASELECT_REQUIRE_EXTENSION=1 \
+		$(CURDIR)/$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_functional.py
 
 clean:
 	rm -rf build dist *.egg-info adaselect_kernels/*.so $(VENV)
