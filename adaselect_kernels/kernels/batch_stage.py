@@ -217,6 +217,7 @@ def weigh(
         w = scaled / tl.sum(scaled, axis=0)
         log_w = tl.log(w)
     if HAS_STATE:
+        tl.debug_barrier()  # every warp has read the old state
         tl.store(state_ptr + lane, log_w, mask=used)
         tl.store(state_ptr + M + lane, tl.where(is_finite(losses), losses, previous), mask=used)
         tl.store(state_ptr + 2 * M, step + 1.0)
@@ -285,6 +286,7 @@ def score_batch(
     if BASELINE:
         score = baseline_key(METHOD_CODES & 15, loss, g, noise, l_mean, l_max, l_min)
         if HAS_STATE:
+            tl.debug_barrier()  # every warp has read the old step
             tl.store(state_ptr + 2 * M, step + 1.0)
     else:
         l_scale = spread(tl.sqrt(l_apart / count), temperature.to(loss.dtype), STANDARDIZE)
@@ -457,6 +459,7 @@ def moments_kernel(
         step = load_step(state_ptr, HAS_STATE, M)
         tl.store(summary_ptr + STEP, step)
         if ADVANCE:
+            tl.debug_barrier()  # every warp has read the old step
             tl.store(state_ptr + 2 * M, step + 1.0)
         tl.store(n_valid_ptr, total.to(tl.int64))
 

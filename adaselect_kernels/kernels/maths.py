@@ -81,7 +81,8 @@ def ordered_key(x, LARGEST: tl.constexpr):
         flip = tl.where((bits >> 63) != 0, 0xFFFFFFFFFFFFFFFF, 0x8000000000000000).to(tl.uint64)
         worst = tl.full(bits.shape, 0xFFFFFFFFFFFFFFFF, tl.uint64)
     else:
-        bits = tl.where(x == 0, 0.0, x).to(tl.float32).to(tl.uint32, bitcast=True)
+        x = x.to(tl.float32)  # exact, and it keeps the order
+        bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
         flip = tl.where((bits >> 31) != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
         worst = tl.full(bits.shape, 0xFFFFFFFF, tl.uint32)
     key = bits ^ flip

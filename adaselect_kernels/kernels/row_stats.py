@@ -1,7 +1,8 @@
 """Per-sample statistics of [N, C] and [N, T, C] logits, each logit read once.
 
-Three shapes of work, one mathematics. A tile holds whole rows in registers ([R, B, W], or [B, R, W]: B rows, R registers, W
-neighbouring columns); a stream walks one row a program in blocks with an online maximum; a split stream shares a row among programs.
+Three shapes of work, one mathematics. A tile holds whole rows in registers: [R, B, W] (or [B, R, W]) is B rows of R
+vectors a thread, W neighbouring columns. A stream walks one row a program in blocks with an online maximum. A split
+stream shares a row among programs.
 
 The target's column never enters the sums, so with m' = max_{j != y} z_j they are S1 = sum_{j != y} e^(z_j - m') and so on:
 the label margin comes for free and a confident row keeps its digits. `finish_row` brings them to m = max(m', z_y).
@@ -455,6 +456,7 @@ SPLIT_MIN_CLASSES = 16384  # a split must leave every program a few blocks
 MAX_SPLITS = 64
 
 
+@lru_cache(maxsize=1024)
 def tile_config(classes: int, vec: int, element_bytes: int, num_warps: int) -> TileConfig:
     block_c = max(16, next_power_of_2(classes))
     threads = _THREADS_PER_ROW[block_c]
@@ -465,6 +467,7 @@ def tile_config(classes: int, vec: int, element_bytes: int, num_warps: int) -> T
     return TileConfig(vec, max(1, block_c // width), num_warps * WARP_SIZE // threads, width)
 
 
+@lru_cache(maxsize=1024)
 def stream_config(classes: int, element_bytes: int) -> tuple[StreamConfig, int]:
     """The configuration and its warps. Four 16-byte loads a thread in flight cover the latency of memory."""
     vec = 16 // element_bytes

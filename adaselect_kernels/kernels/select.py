@@ -132,6 +132,7 @@ def digit_kernel(
     # 2. the program that arrives last finds the digit: rows above d < needed <= rows above d + rows of d
     if last_to_arrive(arrivals_ptr, programs):
         total = tl.load(histogram_ptr + bins, cache_modifier=".cg")
+        tl.debug_barrier()  # every warp has read the histogram
         tl.store(histogram_ptr + bins, tl.zeros([BINS], tl.int32))
         higher_rows = (tl.sum(total, axis=0) - tl.cumsum(total, axis=0)).to(tl.int64)
         found = (higher_rows < needed) & (needed <= higher_rows + total)
@@ -152,7 +153,7 @@ def digit_kernel(
             )
             all_keys = tl.load(parts_ptr, mask=live, other=0, cache_modifier=".cg")
             part_equal = tl.where(digit > 0, lower, all_keys) - part_above
-            tl.debug_barrier()
+            tl.debug_barrier()  # every warp has read the counts these replace
             tl.store(parts_ptr, tl.cumsum(part_above, axis=0) - part_above, mask=live)
             tl.store(parts_ptr + 1, tl.cumsum(part_equal, axis=0) - part_equal, mask=live)
 
