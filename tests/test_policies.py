@@ -234,6 +234,25 @@ def test_a_foreign_or_corrupt_state_is_refused_whole(change):
     assert policy.state.seed == 1
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"gamma": 0.2},
+        {"methods": ("uniform",)},
+        {"beta": 0.5},
+        {"unit": "token"},
+        {"order": "score"},
+        {"ignore_index": 0},
+        {"label_smoothing": 0.1},
+    ],
+    ids=str,
+)
+def test_every_setting_that_changes_the_result_must_agree(setting):
+    saved = get_policy("adaselection", **{"gamma": 0.3, **setting}).state_dict()
+    with pytest.raises(ValueError, match="settings"):
+        get_policy("adaselection", 0.3).load_state_dict(saved)
+
+
 def test_what_is_no_state_at_all_is_refused():
     with pytest.raises(ValueError, match="not a state of a policy: got list"):
         get_policy("big_loss", 0.3).load_state_dict([])  # type: ignore[arg-type]

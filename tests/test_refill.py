@@ -285,6 +285,12 @@ def test_the_buffer_keeps_chosen_rows_only():
     assert piece.untyped_storage().nbytes() == 10 * 2 * 4
 
 
+def test_waiting_rows_hold_no_graph():
+    batch = torch.rand(6, requires_grad=True) * 2
+    batches = SelectedBatches([batch] * 2, nn.Identity(), get_policy("big_loss", 0.5), 2, forward=lambda m, b: b)
+    assert not any(chosen.requires_grad for chosen in batches)
+
+
 def test_a_yielded_batch_is_the_callers():
     batches = SelectedBatches(numbered([6]), nn.Identity(), get_policy("big_loss", 1.0), 2, forward=losses_of)
     seen = []

@@ -46,7 +46,6 @@ class PolicyConfig:
             impl="reference",
             **self.call,
         )
-        object.__setattr__(self, "gamma", float(self.gamma))
 
     @property
     def call(self) -> dict[str, Any]:

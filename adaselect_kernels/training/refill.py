@@ -92,7 +92,8 @@ class SelectedBatches:
     synchronize: wait for the device before each reading of the clock, so that `seconds` splits its time too. Slower.
 
     Attributes: `counts` (Counts), `seconds` (Seconds), `last` (the last Selection, None before), `buffered` (rows waiting).
-    The gather needs no host synchronisation when all leaves are tensors on the device of the selection.
+    The gather needs no host synchronisation when all leaves are tensors on the device of the selection; what it
+    yields is detached.
 
     Raises TypeError (batch_size, forward's result, a batch that is no pair without `forward`), ValueError (batch_size < 1,
     rows that disagree, scores that are not one a row), and what the scoring pass and the policy raise.
@@ -335,10 +336,9 @@ def _choose(policy: Policy, result: Any) -> Selection:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that a DataLoader and its sampler shuffle with, each once."""
+    """The generators that a DataLoader and its sampler shuffle with; often the same one twice."""
     found = [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
-    generators = [generator for generator in found if isinstance(generator, torch.Generator)]
-    return generators[:1] if len(generators) == 2 and generators[0] is generators[1] else generators
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def _check_streams(order: Any, generators: list[torch.Generator]) -> list[Tensor]:
