@@ -10,6 +10,7 @@ from adaselect_kernels.functional import (
     select_topk,
 )
 from adaselect_kernels.options import AdaSelectionOptions
+from adaselect_kernels.policies import get_policy
 from adaselect_kernels.state import AdaSelectionState
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Selection",
     "__version__",
     "fused_select",
+    "get_policy",
     "per_sample_stats",
     "select_from_losses",
     "select_topk",
