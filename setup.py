@@ -35,7 +35,7 @@ class OptionalBuildExtension(BuildExtension):
 
 
 def extension() -> CppExtension:
-    compile_args = ["-O3", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+    compile_args = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     link_args = ["-fopenmp"]
     if SANITIZERS:
         instrument = [f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"]
