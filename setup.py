@@ -4,44 +4,67 @@ Without a working compiler the install still succeeds, with a warning, and the p
 ADASELECT_REQUIRE_EXTENSION=1 makes that an error; ADASELECT_SANITIZE=address,undefined builds with sanitizers.
 """
 
+import importlib.util
 import os
+import site
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.errors import BaseError
-from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 SANITIZERS = os.environ.get("ADASELECT_SANITIZE", "")
 REQUIRED = os.environ.get("ADASELECT_REQUIRE_EXTENSION", "") not in ("", "0")
 
 
-class OptionalBuildExtension(BuildExtension):
-    """A failed build of the extension warns instead of failing the install."""
-
-    def build_extensions(self) -> None:
-        try:
-            super().build_extensions()
-        except (BaseError, RuntimeError, OSError) as error:
-            if REQUIRED:
-                raise
-            self.extensions.clear()  # nothing to install or to copy in place
-            print(
-                f"WARNING: the C++ extension of adaselect_kernels did not build ({error}).\n"
-                "WARNING: the package will run its slower Python implementations on the CPU. Install a C++17 compiler and"
-                " set ADASELECT_REQUIRE_EXTENSION=1 to see the build fail loudly.",
-                file=sys.stderr,
-            )
+# An isolated build environment hides the torch to build against: it is where the package will be installed.
+if importlib.util.find_spec("torch") is None:
+    site.addsitedir(sysconfig.get_path("purelib"))
 
 
-def extension() -> CppExtension:
-    compile_args = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+def warn(reason: object) -> None:
+    print(
+        f"WARNING: the C++ extension of adaselect_kernels was not built: {reason}.\n"
+        "WARNING: the package will run its slower Python implementations on the CPU. ADASELECT_REQUIRE_EXTENSION=1 makes"
+        " this an error.",
+        file=sys.stderr,
+    )
+
+
+def compiled() -> dict:
+    """The arguments of setup() that build the extension."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class OptionalBuildExtension(BuildExtension):
+        """A failed build of the extension warns instead of failing the install."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except (BaseError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+                if REQUIRED:
+                    raise
+                self.extensions.clear()  # nothing to install or to copy in place
+                warn(f"it needs a C++17 compiler, and compiling failed ({error})")
+
+    compile_args = [
+        "-O3",
+        "-fopenmp",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ]
     link_args = ["-fopenmp"]
     if SANITIZERS:
         instrument = [f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"]
         compile_args += [*instrument, "-O1", "-g"]
         link_args += instrument
-    return CppExtension(
+    extension = CppExtension(
         "adaselect_kernels._C",
         sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
         depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)),
@@ -49,6 +72,14 @@ def extension() -> CppExtension:
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuildExtension}}
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": OptionalBuildExtension})
+try:
+    arguments = compiled()
+except ImportError as error:
+    if REQUIRED:
+        raise
+    warn(f"torch must be installed before this package ({error})")
+    arguments = {}
+setup(**arguments)
