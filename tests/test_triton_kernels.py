@@ -298,9 +298,9 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("n", [60, 4500])
 def test_fused_select(generator, launches, options, n):
-    """Both sizes of the batch stage, three steps of one state, every method."""
+    """Both sizes of the batch stage, every method; three steps of one state for the small one."""
     state = AdaSelectionState.create(METHODS, seed=2**35 + 1)
-    for _ in range(3 if n < 1000 else 2):
+    for _ in range(3 if n < 1000 else 1):
         launches.clear()
         logits, targets = batch(generator, n, 10)
         targets[::7] = -100
@@ -356,8 +356,9 @@ def test_fewer_valid_rows_than_asked_for(generator, gamma):
     check_fused_select(triton_select, logits, targets, gamma, state=state)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("n", [60, 4300])
+@pytest.mark.parametrize(
+    ("method", "n"), [(method, 60) for method in METHODS] + [("coreset1", 4300), ("coreset2", 4300), ("uniform", 4300)]
+)
 def test_baselines(generator, launches, method, n):
     logits, targets = batch(generator, n, 8)
     targets[::9] = -100
