@@ -20,9 +20,12 @@ from tests.aot import TARGETS, Report, compile_for
 FAMILIES = {"row_stats": row_stats, "batch_stage": batch_stage, "select": select, "fused": fused}
 WORKERS = 2
 
-# Bytes a thread. A row or batch kernel that spills has lost its point; float64 and all eight statistics at once are
-# rare enough to spill a little; on the largest tiles of AMD's 64-lane waves the compiler keeps more in flight.
-SPILL_LIMITS = {"fp64": 256, "all": 64, "every": 64}
+# Bytes a thread. A row or batch kernel that spills has lost its point: one register, kept aside once around a call of the
+# float64 division, is all. All eight statistics or seven methods at once may spill a little. Float64 doubles every
+# register: all seven methods on 4096 rows spill 264 bytes, once a batch, with 8 warps and with 16. On AMD's 64-lane
+# waves the compiler keeps more in flight.
+ONE_REGISTER = 8
+SPILL_LIMITS = {"fp64": 288, "all": 64, "every": 64}
 AMD_SPILL_LIMIT = 256
 SHARED_LIMIT = 64 * 1024  # every target has this much a program, on AMD exactly
 
@@ -44,7 +47,7 @@ def heaviest(entries) -> list[int]:
 def spill_limit(name: str, target: str) -> int:
     if target == "gfx942":
         return AMD_SPILL_LIMIT
-    return max((limit for word, limit in SPILL_LIMITS.items() if word in name.split("-")), default=0)
+    return max((limit for word, limit in SPILL_LIMITS.items() if word in name.split("-")), default=ONE_REGISTER)
 
 
 @pytest.mark.timeout(1200)

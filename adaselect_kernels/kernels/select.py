@@ -234,7 +234,7 @@ GATHER_BLOCK = 1024
 
 
 def block_warps(block: int) -> int:
-    """Warps of a one-program batch: at most 16 rows a thread, so that nothing spills."""
+    """Warps of a one-program batch: at most 16 rows a thread, so that float32 does not spill."""
     return 4 if block <= 1024 else 8
 
 
