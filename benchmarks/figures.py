@@ -44,7 +44,7 @@ def draw(groups: Mapping[str, Document], out: Path, folder: str) -> list[Path]:
             source += "; a quick run, not a measurement" * document["quick"]
             # the line that names the source, below what is drawn
             margin = FOOTER_INCHES / figure.get_figheight()
-            figure.get_layout_engine().set(rect=(0, margin, 1, 1 - margin))
+            figure.set_layout_engine("constrained", rect=(0, margin, 1, 1 - margin))
             figure.text(0.01, margin / 3, source, fontsize=7, color="#555555")
             out.mkdir(parents=True, exist_ok=True)
             path = out / file_name(name, folder)

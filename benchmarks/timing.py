@@ -224,9 +224,10 @@ def extra_bytes(call: Callable[[], Sequence[Tensor]], device: torch.device) -> i
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             outputs = call()
         peak = level = 0
-        for event in profile.profiler.kineto_results.events():
+        results = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+        for event in results.events():  # pyright: ignore[reportOptionalMemberAccess]
             if event.name() == "[memory]":
-                level += event.nbytes()
+                level += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
                 peak = max(peak, level)
     kept = sum(t.untyped_storage().nbytes() for t in outputs if isinstance(t, Tensor))
     return max(0, peak - kept)

@@ -49,7 +49,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write every figure that `results` has data for; returns their paths."""
     figures = {"accuracy.png": _accuracy, "method_weights.png": _method_weights, "time_split.png": _time_split}
     written = []
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC):  # pyright: ignore[reportArgumentType]
         for name, make in figures.items():
             figure = make(results)
             if figure is not None:

@@ -25,7 +25,7 @@ def load_task() -> Digits:
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=TEST_SAMPLES, stratify=labels, random_state=0)
     train_images, test_images = (
-        torch.tensor(part / 8 - 1, dtype=torch.float32).reshape(-1, 1, 8, 8) for part in parts[:2]
+        torch.tensor(part, dtype=torch.float32).div(8).sub(1).reshape(-1, 1, 8, 8) for part in parts[:2]
     )
     return Digits(train_images, torch.tensor(parts[2]), test_images, torch.tensor(parts[3]))
 

@@ -328,7 +328,7 @@ def _choose(policy: Policy, result: Any) -> Selection:
     if isinstance(result, SampleStats) and result.loss is not None:
         return policy.select_from_losses(result.loss, result.grad_norm)
     if isinstance(result, (tuple, list)) and len(result) == 2:
-        return policy.select(*result)
+        return policy.select(*result)  # pyright: ignore[reportArgumentType]
     raise TypeError(
         "forward must return (logits, targets), per-sample losses [N] or SampleStats with a loss,"
         f" got {type(result).__name__}"
