@@ -6,8 +6,11 @@ import random
 import pytest
 import torch
 
-# tests/gpu is collected only where it can run, instead of being reported as skipped.
+# What cannot run in this process is not collected, instead of being reported as skipped: the GPU tests without a GPU, and
+# the interpreted Triton tests without TRITON_INTERPRET=1 (`make test` runs them in a process of their own).
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore.append("test_triton_kernels.py")
 
 
 @pytest.fixture(autouse=True)
