@@ -21,6 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # first wide shape; a partial last block; many blocks.
 CLASSES = (1, 2, 3, 10, 16, 17, 63, 64, 65, 100, 128, 129, 1000, 4097, 33000)
 PLAIN = AdaSelectionOptions().packed
+M = len(METHODS)
 
 
 def cpu_select(*args, **kwargs):
@@ -235,7 +236,7 @@ def draw_batch(generator, n, dtype=torch.float32):
     return losses, grad_norms
 
 
-def used_state(generator, m=len(METHODS)):
+def used_state(generator, m=M):
     weights = torch.randn(m, generator=generator).double().log_softmax(0)
     return torch.cat([weights, torch.rand(m, generator=generator).double() + 0.5, torch.tensor([9.0]).double()])
 
@@ -327,9 +328,7 @@ def sortable(generator, kind, n, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["distinct", "heavy ties", "one value", "special"])
-@pytest.mark.parametrize(
-    "n", [1, 37, 4096, 4097, 20_000]
-)  # the small path, its last size, radix with one and more chunks
+@pytest.mark.parametrize("n", [1, 37, 4096, 4097, 20_000])  # bisection, its last size, radix with one chunk and more
 def test_select_topk(generator, dtype, kind, n):
     values = sortable(generator, kind, n, dtype)
     strided = torch.stack([values, torch.full_like(values, 9.0)], 1)[:, 0]
