@@ -10,7 +10,7 @@ import torch
 
 from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, dispatch, fused_select, ops, reference
 from adaselect_kernels.options import METHODS, STATS
-from tests.oracle import assert_within_budget, check_fused_select, check_scores, naive_stats, oracle_stats
+from tests.oracle import assert_within_budget, check_scores, naive_stats, oracle_stats
 
 kernels = dispatch.EXTENSION
 pytestmark = pytest.mark.skipif(kernels is None, reason=dispatch.EXTENSION_ERROR)
@@ -351,20 +351,30 @@ def test_select_topk_of_a_million(generator):
         )
 
 
-@pytest.mark.parametrize("shape", [(128, 10), (100, 300), (9000, 10), (40, 9, 50)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_fused_select(generator, shape, dtype):
+@pytest.mark.parametrize("shape", [(128, 10), (300, 1000), (20_000, 10), (40, 9, 50)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unit", ["sample", "token"])
+def test_fused_select_is_its_stages(generator, shape, dtype, unit):
+    """Bit for bit the three stages, which the tests above compare with the oracle."""
     logits = (torch.randn(*shape, generator=generator, dtype=torch.float64) * 2).to(dtype)
     targets = torch.randint(shape[-1], shape[:-1], generator=generator)
     targets[1] = -100
     logits[(3,) * (len(shape) - 1)] = math.nan
+    codes = list(range(len(METHODS)))
     for options in (BATCH_OPTIONS[0], BATCH_OPTIONS[4]):
+        state = used_state(generator)
         for order in ("index", "score"):
-            state = AdaSelectionState.create(METHODS, seed=11)
-            common = {"methods": METHODS, "state": state, "options": options, "order": order, "label_smoothing": 0.05}
-            for _ in range(2):
-                check_fused_select(cpu_select, logits, targets, 0.3, unit="sample", **common)
-            check_fused_select(cpu_select, logits, targets, 0.3, unit="token", **common)
+            stage_state = state.clone()
+            table = stats_of(logits, targets, [STATS.index("loss"), STATS.index("grad_norm")], unit, -100, 0.05)
+            valid = reference.valid_samples(targets, unit, -100)
+            k = table.shape[1] // 3
+            scores, n_valid = kernels.batch_scores(*table, valid, stage_state, codes, k, 11, options.packed)
+            got = kernels.fused_select(logits, targets, state, codes, k, unit, order, -100, 0.05, 11, options.packed)
+            indices = kernels.select_topk(scores, k, True, order)
+            for one, two in zip(got, (indices, scores, table[0].float(), n_valid), strict=True):
+                assert torch.equal(one.nan_to_num(nan=1e30), two.nan_to_num(nan=1e30))
+            assert torch.equal(state, stage_state)
+            assert int(n_valid) == table.shape[1] - (10 if len(shape) == 3 and unit == "token" else 2)
 
 
 def test_trajectory_of_200_steps(generator):
