@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-TOOLS := triton pytest pytest-benchmark pytest-timeout hypothesis ruff clang-format 'pyright[nodejs]'
+TOOLS := triton pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff clang-format 'pyright[nodejs]'
 GROUPS ?=
 TIME_LIMIT ?= 540
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test build bench lint format gpu sanitize clean
 
@@ -33,8 +34,8 @@ demo: build
 # Two processes: Triton decides when it is imported whether kernels are compiled or interpreted.
 test: export ADASELECT_REQUIRE_EXTENSION := 1
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton_kernels.py
+	$(BIN)/python -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_triton_kernels.py
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
