@@ -260,7 +260,7 @@ def test_batch_scores(generator, dtype, options, n):
     oracle, oracle_valid = reference.batch_scores(losses.double(), grad_norms.double(), valid, oracle_state, *arguments)
     peer, _ = reference.batch_scores(losses.float(), grad_norms.float(), valid, peer_state, *arguments)
     assert int(n_valid) == int(oracle_valid)
-    check_scores(scores, oracle, peer)
+    check_scores(scores, oracle, peer, losses)
     tolerance = 2 * (peer_state - oracle_state).abs() + 1e-6 * (1 + oracle_state.abs())
     assert ((state - oracle_state).abs() <= tolerance).all(), (state, oracle_state)
     strided = [torch.stack([x, x], 1)[:, 0] for x in (losses, grad_norms, valid)]
