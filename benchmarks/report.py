@@ -25,8 +25,8 @@ float64 reference on the same inputs; one that is wrong has no time. Inputs are 
 the last cache rotate over twice the bytes it holds ("cold"), the others stay in it ("warm").
 
 - *naive* is `benchmarks/naive.py`: the selection as a careful user writes it in eager PyTorch.
-- *compiled* is `torch.compile` of it, static shapes, warm, in the form the compiler fuses best; a run in which it traces
-  again is thrown away. *_graph* is the same in a CUDA graph.
+- *compiled_as_is* is `torch.compile` of it, static shapes, warm; *compiled* is the same in the form the compiler fuses
+  best, a stronger peer; a run in which either traces again is thrown away. *_graph* is the same in a CUDA graph.
 - *row_pass* is `per_sample_stats` alone: what of ours is reading the logits. *all_stats* is every statistic at once.
 - *read* sums the bytes of the logits once, *copy* copies them. The floor is the read time on a CPU, and on a GPU the
   fewest bytes the function must move at the copy rate of the same case.
@@ -104,7 +104,7 @@ def _environment(document: Mapping[str, Any]) -> str:
         if env["device_type"] == "cpu"
         else [f"CUDA {env['cuda']}"]
     )
-    facts += [f"extension: {key} {value}" for key, value in info.items() if isinstance(value, (str, int))]
+    facts += [f"extension {info[key]}" for key in ("cpu_capability", "compiler", "sanitizers") if info.get(key)]
     facts += [f"Python {env['python']}", f"torch {env['torch']}", f"triton {env['triton'] or 'absent'}"]
     return ", ".join(facts) + "."
 
@@ -192,7 +192,8 @@ def readme_table(devices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             first = next(iter(groups.values()))
             head = ("", "case", "us", "faster than eager PyTorch", "faster than torch.compile", "over the floor")
             flag = " (quick run, not a measurement)" if first["quick"] else ""
-            parts += [f"{_environment(first)}{flag}\n", _table(head, rows)]
+            made = "Made by `make bench` (`make gpu` on a GPU). torch.compile is given the form that it fuses best.\n"
+            parts += [f"{_environment(first)}{flag}\n", made, _table(head, rows)]
     if not any(g["environment"]["device_type"] == "cuda" for groups in devices.values() for g in groups.values()):
         parts.append("GPU: not measured.\n")
     parts.append(f"How it is measured, and every target met or not: [docs/{PAGE}](docs/{PAGE}).")

@@ -92,7 +92,9 @@ def _cpu() -> list[Target]:
     found = [
         select("128x10", "faster", 3, "naive", "compiled"),
         select("128x1000", "faster", 4, "naive", "compiled"),
+        select("1024x1000", "faster", 6, "compiled_as_is"),
         select("1024x1000", "faster", 6, "compiled"),
+        select("65536x10", "faster", 10, "compiled_as_is"),
         select("65536x10", "faster", 10, "compiled"),
         select("2048x32000", "within", 2, "read"),
         select("512x128256", "within", 2, "read"),

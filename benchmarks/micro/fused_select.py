@@ -1,7 +1,8 @@
 """The whole selection step with state update, four methods, gamma = 0.2, against naive eager and torch.compile of it.
 
 Contenders: ours (impl="auto"); row_pass (per_sample_stats for loss and gradient norm: what of ours is the row pass);
-naive (benchmarks/naive.py); compiled (torch.compile of it, in the form a compiler fuses best); on CUDA also ours,
+naive (benchmarks/naive.py); compiled_as_is (torch.compile of it); compiled (the same, in the form a compiler fuses
+best); on CUDA also ours,
 naive and compiled in CUDA graphs (ours_graph, naive_graph, compiled_graph); read and copy of the logits.
 A case "... scores" starts from losses and gradient norms instead of logits (select_from_losses).
 """
@@ -82,8 +83,8 @@ def select_contenders(
             return [partial(runner.step, x, y, k) for x, y in inputs]
 
         @cache
-        def compiled(graphs: bool) -> Callable[..., Any]:
-            return compile_peer(naive_select_fusible, device, quick, graphs=graphs)
+        def compiled(graphs: bool, form: Callable[..., Any] = naive_select_fusible) -> Callable[..., Any]:
+            return compile_peer(form, device, quick, graphs=graphs)
 
         def gate_ours() -> gate.Report:
             state = AdaSelectionState.create(methods, device)
@@ -101,8 +102,8 @@ def select_contenders(
             chosen, state = naive.naive_select(*inputs[0], k, methods, start, noise=oracle.noise)
             return gate.check_selection(*chosen, oracle, method_losses=state.previous_losses, peer=True)
 
-        def gate_compiled(graphs: bool) -> gate.Report:
-            chosen, state = compiled(graphs)(*inputs[0], k, methods, naive.fresh_state(len(methods), device))
+        def gate_compiled(graphs: bool, *form: Callable[..., Any]) -> gate.Report:
+            chosen, state = compiled(graphs, *form)(*inputs[0], k, methods, naive.fresh_state(len(methods), device))
             return gate.check_selection(
                 chosen.indices,
                 chosen.scores,
@@ -125,6 +126,12 @@ def select_contenders(
             Contender("naive", "peer", lambda: Prepared(naive_steps(naive.naive_select)), gate_naive),
             Contender(
                 "compiled", "peer", lambda: Prepared(naive_steps(compiled(False))), partial(gate_compiled, False)
+            ),
+            Contender(
+                "compiled_as_is",
+                "peer",
+                lambda: Prepared(naive_steps(compiled(False, naive.naive_select))),
+                partial(gate_compiled, False, naive.naive_select),
             ),
         ]
         if device.type == "cuda":
@@ -158,7 +165,7 @@ def select_case(
     *,
     gamma: float = GAMMA,
     methods: Sequence[str] = METHODS,
-    names: Sequence[str] = (OURS, "row_pass", "naive", "compiled", "read", "copy"),
+    names: Sequence[str] = (OURS, "row_pass", "naive", "compiled", "compiled_as_is", "read", "copy"),
     **params: Any,
 ) -> Case:
     logits_bytes = n * classes * DTYPES[dtype].itemsize
