@@ -1,9 +1,9 @@
 """What a right answer is: element-wise comparison with the float64 oracle, within PyTorch's own error.
 
 The budget of an element is twice the largest error of the same eager PyTorch computation in float32 over the batch, plus
-one rounding of the value (contract item 8); a batch that PyTorch happens to get exactly right still grants the roundings
-that e^(z - m) brings at |z - m| of 8, of a typical value, or a lucky draw would fail a right answer. A selection must be exactly the k best of the scores it
-returns, and no row left out may beat a chosen one by more than the budget.
+one rounding of the value (contract item 8). A batch that PyTorch happens to get exactly right still grants the roundings
+that e^(z - m) brings at |z - m| of 8 to a typical value, or a lucky draw would fail a right answer. A selection must be
+exactly the k best of the scores it returns, and no row left out may beat a chosen one by more than the budget.
 """
 
 import copy
