@@ -24,6 +24,7 @@ $(VENV)/.built: $(VENV)/.environment $(SOURCES)
 
 $(VENV)/.tools: $(VENV)/.built
 	$(PIP) $(TOOLS)
+	$(PIP) --ignore-installed --no-deps clang-format
 	touch $@
 
 build: $(VENV)/.built
@@ -40,13 +41,13 @@ test: $(VENV)/.tools
 lint: $(VENV)/.tools
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(BIN)/python -m pyright
 
 format: $(VENV)/.tools
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
-	$(BIN)/python -m clang_format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: $(VENV)/.tools
 	$(BIN)/python -m benchmarks run --device cpu --time-limit 340
