@@ -129,7 +129,7 @@ def _topk(document: Document) -> Figure:
     """Time over N, one panel a share k/N."""
     shares = sorted({r["params"]["share"] for r in _measured(document)})
     figure, panels = plt.subplots(
-        1, len(shares), figsize=(5 * len(shares), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(shares), figsize=(max(9, 5 * len(shares)), 4), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, share in zip(panels[0], shares, strict=True):
         wanted = _series(document, share=share, ties=False)
