@@ -11,6 +11,20 @@ select_topk        -> [k] int64; best `k` of `scores` [N], ties to the lower row
 select_from_losses -> indices [k], scores [N], n_valid []: batch_scores and select_topk in one call.
 fused_select       -> indices [k], scores [N], losses [N] float32, n_valid []: all three stages in one call.
 
+Squared norms of the gradient of each sample's loss, [N] float32 (float64 for float64 inputs), from what a layer saw:
+
+linear_grad_sq_norms    -> |G_i^T A_i|^2 (weight) + |sum_t g_it|^2 (bias); A = activations [N, T, d], G = grads [N, T, p] of
+                           the loss sum at the output; `form` "direct", "gram" or "auto", the cheaper by arithmetic.
+linear_grads_and_sq_norms -> the same, weight and (when asked, else zeros [0]) bias included, with the batch's gradients in
+                           the same pass: sq_norms [N], sum_i G_i^T A_i [p, d] and sum_it g_it [p], both in the dtype of grads.
+conv_grad_sq_norms      -> the same of a convolution: input [N, C, ...], grads [N, O, ...], one to three spatial dimensions,
+                           zero padding. A transposed convolution has input and grads swapped, and no bias.
+embedding_grad_sq_norms -> sum_v |sum_{t: id_it = v} g_it|^2, v != padding_idx; ids [N, T], grads [N, T, d].
+affine_grad_sq_norms    -> |sum_t g_it * xhat_it|^2 (weight) + |sum_t g_it|^2 (bias), xhat = (values - mean) * rstd; values,
+                           grads, mean and rstd [N, T, C] (mean, rstd: None are 0 and 1, or float32/float64 of the result).
+
+Sums are accumulated in float32 at least; activations and grads have the same dtype. N = 0 and T = 0 give [N] zeros.
+
 `methods` are positions in METHODS, `options` is a PackedOptions, `seed` a 64-bit pattern as a signed integer,
 `state=None` a fresh state. A row outside `valid` (None: all) or of non-finite loss is invalid: score -inf, importance 0;
 so is one of non-finite grad_norm when the grad_norm method is asked for.
@@ -33,6 +47,12 @@ SCHEMAS = {
     " float[] options) -> (Tensor, Tensor, Tensor)",
     "fused_select": "(Tensor logits, Tensor targets, Tensor(a!)? state, int[] methods, SymInt k, str unit, str order,"
     " int ignore_index, float label_smoothing, int seed, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_grad_sq_norms": "(Tensor activations, Tensor grads, bool weight, bool bias, str form) -> Tensor",
+    "linear_grads_and_sq_norms": "(Tensor activations, Tensor grads, bool bias) -> (Tensor, Tensor, Tensor)",
+    "conv_grad_sq_norms": "(Tensor input, Tensor grads, int[] kernel_size, int[] stride, int[] padding, int[] dilation,"
+    " int groups, bool weight, bool bias, str form) -> Tensor",
+    "embedding_grad_sq_norms": "(Tensor ids, Tensor grads, int padding_idx) -> Tensor",
+    "affine_grad_sq_norms": "(Tensor values, Tensor grads, Tensor? mean, Tensor? rstd, bool weight, bool bias) -> Tensor",
 }
 
 
@@ -95,3 +115,35 @@ def _(
         logits.new_empty((n,), dtype=torch.float32),
         logits.new_empty((), dtype=torch.int64),
     )
+
+
+def _sq_norms(grads: Tensor) -> Tensor:
+    dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    return grads.new_empty((grads.shape[0],), dtype=dtype)
+
+
+@torch.library.register_fake("adaselect::linear_grad_sq_norms", lib=LIBRARY)
+def _(activations, grads, weight, bias, form) -> Tensor:
+    return _sq_norms(grads)
+
+
+@torch.library.register_fake("adaselect::linear_grads_and_sq_norms", lib=LIBRARY)
+def _(activations, grads, bias) -> tuple[Tensor, Tensor, Tensor]:
+    features = grads.shape[2]
+    weight_grad = grads.new_empty((features, activations.shape[2]))
+    return _sq_norms(grads), weight_grad, grads.new_empty((features if bias else 0,))
+
+
+@torch.library.register_fake("adaselect::conv_grad_sq_norms", lib=LIBRARY)
+def _(input, grads, kernel_size, stride, padding, dilation, groups, weight, bias, form) -> Tensor:
+    return _sq_norms(grads)
+
+
+@torch.library.register_fake("adaselect::embedding_grad_sq_norms", lib=LIBRARY)
+def _(ids, grads, padding_idx) -> Tensor:
+    return _sq_norms(grads)
+
+
+@torch.library.register_fake("adaselect::affine_grad_sq_norms", lib=LIBRARY)
+def _(values, grads, mean, rstd, weight, bias) -> Tensor:
+    return _sq_norms(grads)

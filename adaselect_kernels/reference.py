@@ -308,3 +308,67 @@ def _choose(losses, valid, scores, methods, k, order, options) -> Tensor:
         return chosen.sort().values
     taken = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, chosen, True)
     return select_topk(torch.where(taken, scores, math.nan), k, True, "score")
+
+
+def linear_grad_sq_norms(activations: Tensor, grads: Tensor, weight: bool, bias: bool, form: str) -> Tensor:
+    a, g = activations.to(compute_dtype(grads.dtype)), grads.to(compute_dtype(grads.dtype))
+    total = g.new_zeros(g.shape[0])
+    if weight:
+        total += (g.mT @ a).square().sum((1, 2))
+    if bias:
+        total += g.sum(1).square().sum(1)
+    return total
+
+
+def linear_grads_and_sq_norms(activations: Tensor, grads: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    a, g = activations.to(compute_dtype(grads.dtype)), grads.to(compute_dtype(grads.dtype))
+    weight_grad = g.flatten(0, 1).mT @ a.flatten(0, 1)
+    bias_grad = g.sum((0, 1)) if bias else g.new_zeros(0)
+    sq_norms = linear_grad_sq_norms(activations, grads, True, bias, "direct")
+    return sq_norms, weight_grad.to(grads.dtype), bias_grad.to(grads.dtype)
+
+
+_CONV = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+
+
+def conv_grad_sq_norms(
+    input: Tensor, grads: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, weight: bool, bias: bool, form: str,
+) -> Tensor:  # fmt: skip
+    """By autograd, one sample at a time."""
+    x, g = input.to(compute_dtype(grads.dtype)), grads.to(compute_dtype(grads.dtype))
+    total = g.new_zeros(g.shape[0])
+    shape = (g.shape[1], x.shape[1] // groups, *kernel_size)
+    for i in range(g.shape[0]) if weight and g.numel() else ():
+        with torch.enable_grad():
+            w = x.new_zeros(shape, requires_grad=True)
+            out = _CONV[len(kernel_size)](
+                x[i : i + 1].detach(), w, None, list(stride), list(padding), list(dilation), groups
+            )
+            (found,) = torch.autograd.grad(out, w, g[i : i + 1])
+        total[i] = found.square().sum()
+    if bias:
+        total += g.flatten(2).sum(2).square().sum(1)
+    return total
+
+
+def embedding_grad_sq_norms(ids: Tensor, grads: Tensor, padding_idx: int) -> Tensor:
+    g = grads.to(compute_dtype(grads.dtype)) * (ids != padding_idx)[:, :, None]
+    same = (ids[:, :, None] == ids[:, None, :]).to(g.dtype)
+    return ((same @ g) * g).sum((1, 2))  # sum_v |sum_{t: id_t = v} g_t|^2 = sum_{t, s: id_t = id_s} <g_t, g_s>
+
+
+def affine_grad_sq_norms(
+    values: Tensor, grads: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: bool, bias: bool
+) -> Tensor:
+    x, g = values.to(compute_dtype(grads.dtype)), grads.to(compute_dtype(grads.dtype))
+    if mean is not None:
+        x = x - mean
+    if rstd is not None:
+        x = x * rstd
+    total = g.new_zeros(g.shape[0])
+    if weight:
+        total += (g * x).sum(1).square().sum(1)
+    if bias:
+        total += g.sum(1).square().sum(1)
+    return total
