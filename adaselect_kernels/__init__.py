@@ -9,6 +9,7 @@ from adaselect_kernels.functional import (
     select_from_losses,
     select_topk,
 )
+from adaselect_kernels.grad_norms import PerSampleGradNorm
 from adaselect_kernels.options import AdaSelectionOptions
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.state import AdaSelectionState
@@ -16,6 +17,7 @@ from adaselect_kernels.state import AdaSelectionState
 __all__ = [
     "AdaSelectionOptions",
     "AdaSelectionState",
+    "PerSampleGradNorm",
     "SampleStats",
     "Selection",
     "__version__",

@@ -1,0 +1,195 @@
+"""Where the sample axis of a tensor is, and where it goes when a function reshapes, transposes or reduces the tensor.
+
+Exact or unknown: a layout that cannot be told is None, and a layer that meets a tensor of unknown layout is refused.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Dimension `dim` has size outer * rows * inner; index i of it belongs to row (i // inner) % rows."""
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+
+LEADING = Layout(0)
+
+# A reshape keeps the linear order of the elements.
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel"}
+# Dimensions may be added on the left; the others stay or grow.
+_EXPANSIONS = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
+# Dimensions may be added on the right.
+_LOOKUPS = {"embedding", "one_hot", "__getitem__"}
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+# Elements move along a dimension, or meet there: the sample axis must not be the one named by `dim`.
+# fmt: off
+_ALONG_A_DIMENSION = {
+    "flip", "roll", "sort", "argsort", "topk", "gather", "index_select", "take_along_dim", "scatter",
+    "scatter_add", "softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin",
+    "select", "narrow", "split", "chunk", "unbind", "tensor_split", "cat", "concat", "concatenate", "unfold",
+    "index_add", "index_copy", "diff", "sum", "mean", "amax", "amin", "max", "min", "std", "var", "var_mean",
+    "std_mean", "prod", "logsumexp", "norm", "argmax", "argmin", "any", "all", "median", "glu", "normalize",
+    "cosine_similarity", "renorm",
+}
+# fmt: on
+# Where `dim` stands among the arguments, when not second, and what it is when it is not given, when not "all".
+_POSITION_OF_DIM: dict[str, int] = dict.fromkeys(
+    ("split", "chunk", "tensor_split", "topk", "norm", "cosine_similarity", "normalize", "roll"), 2
+)
+_DEFAULT_DIM: dict[str, int] = dict.fromkeys(
+    ("cat", "concat", "concatenate", "split", "chunk", "unbind", "tensor_split"), 0
+) | {
+    **dict.fromkeys(("glu", "sort", "argsort", "topk", "diff"), -1),
+    **dict.fromkeys(("cosine_similarity", "normalize"), 1),
+}
+
+
+def through(
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], known: Sequence[tuple[Tensor, Layout | None]], rows: int
+) -> Callable[[Tensor], Layout | None]:
+    """The layout of each output of function `name`, from the layouts `known` of its sample tensors."""
+    if any(layout is None for _, layout in known):
+        return lambda out: None
+    found = [(tensor, layout) for tensor, layout in known if layout is not None]
+    subject, layout = found[0]
+    is_subject = bool(args) and args[0] is subject
+    if name == "einsum":
+        return lambda out: _einsum(args, found, out, rows)
+    if name == "stack":
+        at = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (subject.dim() + 1)
+        return lambda out: _agree([_shift(given, int(at <= given.dim)) for _, given in found])
+    if is_subject and name in _RESHAPES:
+        return lambda out: _reshaped(subject.shape, layout, out.shape, rows)
+    if is_subject and name in _EXPANSIONS:
+        return lambda out: _same_size(_shift(layout, out.dim() - subject.dim()), out, layout, rows)
+    if is_subject and name in ("transpose", "swapaxes", "swapdims", "t", "T", "mT", "H", "mH", "permute", "movedim"):
+        order = _order(name, args, kwargs, subject.dim())
+        return lambda out: None if order is None else Layout(order.index(layout.dim), layout.outer, layout.inner)
+    if is_subject and name == "__getitem__":
+        at = _indexed(args[1], subject.dim(), layout.dim)
+        return lambda out: None if at is None else _same_size(layout._replace(dim=at), out, layout, rows)
+    if name in _LOOKUPS and not (is_subject and name == "__getitem__"):
+        return lambda out: _same_size(layout, out, layout, rows)
+    if name in _ALONG_A_DIMENSION and _touches(name, args, kwargs, found):
+        return lambda out: None
+    return lambda out: _prefix(found, out)
+
+
+def _shift(layout: Layout, by: int) -> Layout:
+    return layout._replace(dim=layout.dim + by)
+
+
+def _agree(layouts: Sequence[Layout]) -> Layout | None:
+    return layouts[0] if all(layout == layouts[0] for layout in layouts) else None
+
+
+def _same_size(layout: Layout, out: Tensor, of: Layout, rows: int) -> Layout | None:
+    fits = 0 <= layout.dim < out.dim() and out.shape[layout.dim] == of.outer * rows * of.inner
+    return layout if fits else None
+
+
+def _prefix(found: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:
+    """Any other function: what is in front of the axis stays (or is broadcast, aligned from the right), and so does the axis."""
+    layouts = []
+    for tensor, layout in found:
+        added = max(0, out.dim() - tensor.dim())
+        moved = _shift(layout, added)
+        if moved.dim >= out.dim() or out.shape[moved.dim] != tensor.shape[layout.dim]:
+            return None
+        front = zip(tensor.shape[: layout.dim], out.shape[added : moved.dim], strict=True)
+        if moved.dim and (out.dim() < tensor.dim() or any(old not in (1, new) for old, new in front)):
+            return None
+        layouts.append(moved)
+    return _agree(layouts)
+
+
+def _reshaped(shape: Sequence[int], layout: Layout, new: Sequence[int], rows: int) -> Layout | None:
+    """row = (linear index // stride) % rows, before and after."""
+    if rows == 0:
+        return LEADING if new and new[0] == 0 else None
+    stride = layout.inner * math.prod(shape[layout.dim + 1 :])
+    for dim, size in enumerate(new):
+        below = math.prod(new[dim + 1 :])
+        if below and stride % below == 0 and stride and size * below % (stride * rows) == 0:
+            return Layout(dim, size * below // (stride * rows), stride // below)
+    return None
+
+
+def _order(name: str, args: Sequence[Any], kwargs: dict[str, Any], dims: int) -> list[int] | None:
+    """order[i]: the old dimension that the new dimension i is."""
+    order = list(range(dims))
+    rest = [*args[1:], *kwargs.values()]
+    if name in ("T", "H"):
+        return order[::-1]
+    if name in ("t", "mT", "mH"):
+        rest = [-1, -2] if dims >= 2 else [0, 0]
+    if name == "permute":
+        given = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list, torch.Size)) else rest
+        return [dim % dims for dim in given]
+    if name == "movedim":
+        source, target = ([d % dims for d in ([given] if isinstance(given, int) else given)] for given in rest)
+        places = dict(zip(target, source, strict=True))
+        others = iter(dim for dim in order if dim not in source)
+        return [places[i] if i in places else next(others) for i in order]
+    a, b = rest[0] % dims, rest[1] % dims
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _indexed(index: Any, dims: int, axis: int) -> int | None:
+    """Where dimension `axis` is after x[index]; None when the index chooses along it or is more than slices and integers."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, (Tensor, list, bool)) for item in items):
+        # one index tensor behind the axis keeps what is in front of it
+        front = items[: axis + 1]
+        plain = all(isinstance(item, slice) and item == slice(None) for item in front)
+        return axis if plain and len(front) == axis + 1 else None
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (dims - used)
+    items += [slice(None)] * (dims - sum(item is not None for item in items))
+    old, new = 0, 0
+    for item in items:
+        if item is None:
+            new += 1
+            continue
+        if old == axis:
+            return new if isinstance(item, slice) and item == slice(None) else None
+        new += isinstance(item, slice)
+        old += 1
+    return None
+
+
+def _touches(name: str, args: Sequence[Any], kwargs: dict[str, Any], found: Sequence[tuple[Tensor, Layout]]) -> bool:
+    """Whether the function works along the sample axis; without a dimension it works along all of them."""
+    at = _POSITION_OF_DIM.get(name, 1)
+    dim = kwargs.get("dim", kwargs.get("dims", args[at] if len(args) > at else _DEFAULT_DIM.get(name)))
+    if dim is None or isinstance(dim, Tensor):
+        # max(x, y) and min(x, y) are elementwise; split sizes and the like stand elsewhere
+        return not (name in ("max", "min") and isinstance(dim, Tensor))
+    wanted = [dim] if isinstance(dim, int) else list(dim)
+    return any(isinstance(d, int) and d % tensor.dim() == layout.dim for tensor, layout in found for d in wanted)
+
+
+def _einsum(args: Sequence[Any], found: Sequence[tuple[Tensor, Layout]], out: Tensor, rows: int) -> Layout | None:
+    if not isinstance(args[0], str) or "." in args[0]:
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    inputs, _, output = args[0].replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    letters = set()
+    for tensor, layout in found:
+        place = next(i for i, operand in enumerate(operands) if operand is tensor)
+        letters.add((terms[place][layout.dim], layout.outer, layout.inner))
+    if len(letters) != 1:
+        return None
+    letter, outer, inner = letters.pop()
+    return Layout(output.index(letter), outer, inner) if letter in output else None

@@ -1,0 +1,728 @@
+"""Sees every call that a parameter takes part in, and accounts for all of its gradient.
+
+While a recorder is active, each torch function passes through it. Tensors are of three kinds: sample tensors, which have a
+sample axis (the model's inputs and what is computed from them); shared tensors, the parameters and what is computed from
+parameters and constants alone; constants. A function of sample and shared tensors is a use of parameters: its output
+gets a hook, and when the gradient arrives there the rule of the function gives the squared norms. Uses without a rule
+are refused, or differentiated one sample at a time. Before a backward pass the graph is walked: a parameter that it
+reaches by a way not seen here is refused too, so no part of a gradient is ever left out.
+"""
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from adaselect_kernels.grad_norms import layout, rules
+from adaselect_kernels.grad_norms.layout import LEADING, Layout
+from adaselect_kernels.grad_norms.rows import Rows
+
+
+class UnaccountedParameter(ValueError):
+    """A parameter takes part in the loss in a way whose per-sample gradients are not known; nothing was computed."""
+
+
+class Leaf:
+    """A trainable parameter, and what is known of its gradient in this batch."""
+
+    def __init__(self, name: str, module_name: str, module: nn.Module, parameter: nn.Parameter, wanted: bool) -> None:
+        self.name, self.module_name, self.module = name, module_name, module
+        self.parameter, self.wanted = parameter, wanted
+        self.reset()
+
+    def reset(self) -> None:
+        self.uses = {False: 0, True: 0}  # by "seen during a backward pass" (a recomputation of checkpointing)
+        self.fired = {False: 0, True: 0}
+        self.entries: list[Entry] = []
+        self.sq_norms: Tensor | None = None
+        self.closed = False
+
+    @property
+    def described(self) -> str:
+        where = f"module {self.module_name!r}" if self.module_name else "the model itself"
+        return f"parameter {self.name!r} of {where} ({type(self.module).__name__})"
+
+
+class Use:
+    """One call with parameters: how to call it again, and which tensors in it are which."""
+
+    def __init__(self, func, name: str, args, kwargs, call: rules.Call | None) -> None:
+        self.func, self.name, self.args, self.kwargs, self.call = func, name, args, kwargs, call
+        self.shared: dict[str, Tensor] = {}  # role -> tensor, of the wanted ones
+        self.layouts: list[Layout] = []  # of the sample tensors, in the order of their slots
+        self.aligned: dict[int, Layout] = {}  # id of a shared tensor -> where its own sample axis is
+        self.out_layouts: list[Layout] = []
+        self.late = torch._C._current_graph_task_id() != -1
+        self.kept: Tensor | None = None  # its node keeps the sample tensors, as autograd keeps its own
+        self.fused = False
+
+
+class Entry:
+    """A use whose gradient has arrived, as part of one parameter's gradient; or that part itself, [N, ...]."""
+
+    def __init__(self, use: Use | None, role: str, tensor: Tensor | None, samples, grads, explicit=None) -> None:
+        self.use, self.role, self.tensor, self.samples, self.grads = use, role, tensor, samples, grads
+        self.explicit: Tensor | None = explicit
+
+
+class Slot(int):
+    """Stands for a sample tensor in the arguments that a use keeps."""
+
+
+class Keep(torch.autograd.Function):
+    """A node that is in no loss's graph and keeps tensors through the saved-tensor hooks: checkpointing may drop them."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise AssertionError("no loss depends on it")
+
+
+class Attach(torch.autograd.Function):
+    """Ties `count` outputs to the tensors behind them without changing them: the gradients of those are `gradients(g)`."""
+
+    @staticmethod
+    def forward(ctx, gradients: Callable[..., tuple], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.gradients = gradients
+        if count == 1:  # the same tensor, which may still be written in place
+            ctx.mark_dirty(tensors[0])
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        passed = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=False))
+        return None, None, *passed, *ctx.gradients(*grads)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def replaced(value: Any, by: Callable[[Any], Any]) -> Any:
+    """The same nest of tuples, lists and dictionaries with every leaf replaced."""
+    if isinstance(value, (tuple, list)):
+        items = [replaced(item, by) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: replaced(item, by) for key, item in value.items()}
+    return by(value)
+
+
+_TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+_ISOMETRIES = {
+    *("t", "T", "mT", "transpose", "permute", "movedim", "swapaxes", "view", "reshape", "flatten", "unflatten"),
+    *("squeeze", "unsqueeze", "contiguous", "view_as", "reshape_as"),
+}
+
+
+def canonical(func: Any) -> tuple[str, bool]:
+    """The function's name without marks of operators, and whether it writes into its first argument."""
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return func.__self__.__name__, False
+    if name.startswith("__") and name.endswith("__"):
+        plain = name.strip("_")
+        if plain in rules.ELEMENTWISE:
+            return plain, False
+        if plain[0] in "ri" and plain[1:] in rules.ELEMENTWISE:
+            return plain[1:], plain[0] == "i"
+        return name, name == "__setitem__"
+    return (name[:-1], True) if name.endswith("_") and name[:-1] else (name, False)
+
+
+def opened(func: types.FunctionType) -> types.FunctionType | None:
+    """A Python function of torch as its own body runs it: without asking for an override of itself."""
+    asks = [name for name in func.__globals__ if name.startswith("has_torch_function")]
+    if not asks:
+        return None
+    scope = func.__globals__ | dict.fromkeys(asks, lambda *tensors: False)
+    body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
+class Recorder(TorchFunctionMode):
+    """See the module's docstring. `leaves`: every trainable parameter of the model."""
+
+    def __init__(
+        self, leaves: Sequence[Leaf], *, weight_gradients: str, batchnorm: str, fallback: str, sample_dim: int
+    ) -> None:
+        super().__init__()
+        self.leaves = {id(leaf.parameter): leaf for leaf in leaves}
+        self.weight_gradients, self.batchnorm, self.fallback = weight_gradients, batchnorm, fallback
+        self.sample_dim = sample_dim
+        self.rows: Rows | None = None
+        self.labels: dict[str, None] = {}
+        self.mean_counts: list[Tensor | int] = []
+        self.finished = False  # a backward pass has ended: the norms are there
+        self.reset()
+
+    # ---- a batch
+
+    def reset(self) -> None:
+        self._samples = WeakTensorKeyDictionary()  # tensor -> Layout or None
+        self._shared = WeakTensorKeyDictionary()  # tensor -> (ids of its leaves, the leaf it is a mere view of or None)
+        self._sample_nodes: dict[Any, Layout | None] = {}
+        self._accounted: set[Any] = set()
+        self._shared_nodes: dict[Any, frozenset[int]] = {}
+        self.finished = False
+        self.mean_counts.clear()
+        for key, leaf in self.leaves.items():
+            leaf.reset()
+            self._shared[leaf.parameter] = (frozenset([key]), leaf)
+
+    def forget_graph(self) -> None:
+        """Keep the norms and drop what only a backward pass needs."""
+        self._sample_nodes, self._accounted, self._shared_nodes = {}, set(), {}
+        self._samples, self._shared = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+
+    def begin(self, inputs: Any, sample_ids: Tensor | None) -> None:
+        """The model is called with `inputs`: a new batch, or more of the one whose backward pass is still to come."""
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        if self.finished or self.rows is None:
+            self.reset()
+            self.rows = None
+        found = [tensor for tensor in tensors_in(inputs) if tensor.dim() > self.sample_dim]
+        if not found:
+            raise ValueError("the model was called without a tensor that has a sample dimension")
+        count = found[0].shape[self.sample_dim]
+        if sample_ids is not None and len(sample_ids) != count:
+            raise ValueError(f"sample_ids must have one entry a row, [{count}], got [{len(sample_ids)}]")
+        if self.rows is not None and self.rows.count != count:
+            raise ValueError(
+                f"all calls of the model before a backward must have as many rows: {self.rows.count}, {count}"
+            )
+        self.rows = self.rows or Rows(count, sample_ids)
+        for tensor in found:
+            if tensor.shape[self.sample_dim] == count and tensor not in self._samples:
+                self._samples[tensor] = Layout(self.sample_dim)
+
+    # ---- functions
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            return self._backward(*args, **kwargs)
+        name, writes = canonical(func)
+        if func.__name__ == "__set__" or (func.__name__ == "__get__" and name not in _TENSOR_PROPERTIES):
+            return func(*args, **kwargs)
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        shared = [t for t in tensors if t in self._shared] if torch.is_grad_enabled() else []
+        if func is torch.nn.functional.batch_norm and self._is_training(args, kwargs):
+            return self._batch_statistics(func, args, kwargs)
+        if func is torch.nn.functional.cross_entropy or func is torch.nn.functional.nll_loss:
+            self._note_mean(args, kwargs)
+        samples = [t for t in tensors if t in self._samples]
+        if shared:
+            samples += [t for t in tensors if t not in self._samples and t not in self._shared and self._adopts(t)]
+        if not samples and not shared:
+            return func(*args, **kwargs)
+        if not samples:
+            return self._derive(func, name, args, kwargs, tensors, shared)
+        known = [(tensor, self._samples[tensor]) for tensor in samples]
+        if not shared:
+            out = func(*args, **kwargs)
+            self._mark(out, name, args, kwargs, known, writes)
+            return out
+        return self._use(func, name, writes, args, kwargs, tensors, shared, known)
+
+    def _mark(self, out: Any, name: str, args, kwargs, known, writes: bool) -> list[Tensor]:
+        """Give the outputs their layouts; returns them."""
+        assert self.rows is not None
+        where = layout.through(name, args, kwargs, known, self.rows.count)
+        found = list(tensors_in(out))
+        for i, tensor in enumerate(found):
+            # behind the output, recurrent layers give the last states [layers, N, H], whatever the order of the input is
+            self._set_layout(tensor, Layout(tensor.dim() - 2) if i and name in layout.RECURRENT else where(tensor))
+        if name == "__setitem__" and isinstance(args[0], Tensor):
+            target = args[0]
+            front = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+            whole = front is Ellipsis or (isinstance(front, slice) and front == slice(None))
+            leading = whole and target.dim() and target.shape[0] == self.rows.count
+            self._set_layout(target, LEADING if leading and all(at == LEADING for _, at in known) else None)
+        elif writes and isinstance(args[0], Tensor) and not any(tensor is args[0] for tensor in found):
+            self._set_layout(args[0], where(args[0]))
+        return found
+
+    def _set_layout(self, tensor: Tensor, where: Layout | None) -> None:
+        self._samples[tensor] = where
+        if tensor.grad_fn is not None:
+            self._sample_nodes[tensor.grad_fn] = where
+
+    def _adopts(self, tensor: Tensor) -> bool:
+        """A tensor that came from where torch functions are not seen: a sample tensor if its graph says so."""
+        if tensor.grad_fn is None or self.rows is None:
+            return False
+        found, reached = self._walk([tensor.grad_fn])
+        if reached:
+            leaf = self.leaves[reached[0][0]]
+            raise self._refusal(leaf, f"{reached[0][1]}, which is not a torch function that can be seen")
+        if not found:
+            return False
+        leading = tensor.shape[0] == self.rows.count and all(at == LEADING for at in found)
+        self._set_layout(tensor, LEADING if leading else None)
+        return True
+
+    def _walk(self, nodes: Sequence[Any]) -> tuple[list[Layout | None], list[tuple[int, str]]]:
+        """From nodes not seen here down to those seen: layouts of the sample tensors, and leaves that are reached."""
+        layouts, leaves, seen = [], [], set()
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self._sample_nodes:
+                layouts.append(self._sample_nodes[node])
+            if node in self._accounted:
+                continue
+            for below, _ in node.next_functions:
+                if below is None:
+                    continue
+                key = id(getattr(below, "variable", None))
+                sources = frozenset([key]) if key in self.leaves else self._shared_nodes.get(below, frozenset())
+                leaves += [(source, node.name()) for source in sources if self.leaves[source].wanted]
+                stack.append(below)
+        return layouts, leaves
+
+    def _account(self, outputs: Sequence[Tensor], above: set[Any]) -> None:
+        """The nodes that a call made, between its outputs and its inputs."""
+        stack = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+        while stack:
+            node = stack.pop()
+            if node not in above and node not in self._accounted:
+                self._accounted.add(node)
+                stack += [below for below, _ in node.next_functions if below is not None]
+
+    # ---- shared tensors
+
+    def _derive(self, func, name: str, args, kwargs, tensors: Sequence[Tensor], shared: Sequence[Tensor]) -> Any:
+        """A function of parameters and constants alone."""
+        above = {tensor.grad_fn for tensor in tensors}
+        out = func(*args, **kwargs)
+        outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
+        self._account(outputs, above)
+        sources = frozenset().union(*(self._shared[tensor][0] for tensor in shared))
+        of = self._shared[shared[0]][1] if name in _ISOMETRIES and len(shared) == 1 else None
+        for tensor in outputs:
+            if tensor in self._shared:
+                continue
+            whole = of is not None and tensor.numel() == of.parameter.numel()
+            self._shared[tensor] = (sources, of if whole else None)
+            self._shared_nodes[tensor.grad_fn] = sources
+            if any(self.leaves[source].wanted for source in sources) and self.weight_gradients != "none":
+                tensor.register_hook(lambda grads, tensor=tensor: self._leaving(tensor))
+        return out
+
+    def _leaving(self, tensor: Tensor) -> None:
+        """The graph behind a derived tensor is about to run, and to be freed: take what still needs it."""
+        with torch._C.DisableTorchFunction():
+            for source in self._shared[tensor][0]:
+                leaf = self.leaves[source]
+                mine = [entry for entry in leaf.entries if entry.tensor is tensor and entry.explicit is None]
+                if mine and not leaf.closed:
+                    leaf.entries = [entry for entry in leaf.entries if entry not in mine]
+                    parts = torch.stack([self._sample_gradient(leaf, mine, i) for i in range(self._count)])
+                    leaf.entries.append(Entry(None, "", None, (), (), parts))
+
+    # ---- uses
+
+    def _use(self, func, name: str, writes: bool, args, kwargs, tensors, shared, known) -> Any:
+        wanted = [t for t in shared if any(self.leaves[source].wanted for source in self._shared[t][0])]
+        scoring = self.weight_gradients == "none"
+        if not wanted:
+            out = (
+                func(*replaced(args, self._detached), **replaced(kwargs, self._detached))
+                if scoring
+                else func(*args, **kwargs)
+            )
+            self._mark(out, name, args, kwargs, known, writes)
+            return out
+        call = self._bind(name, args, kwargs, wanted, [tensor for tensor, _ in known]) if not writes else None
+        simple = name in rules.ELEMENTWISE or name in rules.JOINING
+        if call is None and not simple and isinstance(func, types.FunctionType):
+            body = opened(func)
+            if body is not None and name not in rules.RULES:
+                with self:
+                    return body(*args, **kwargs)
+        leaf = self.leaves[min(self._shared[wanted[0]][0])]
+        if any(where is None for _, where in known):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor, where in known if where is None)
+            raise self._refusal(
+                leaf,
+                f"{name} together with a tensor {shapes} of which it is not known which part belongs to which sample",
+            )
+        if writes and name not in ("add", "sub"):
+            raise self._refusal(leaf, f"{name}_, which overwrites its input")
+        if call is None and not simple and self.fallback != "per_sample":
+            raise self._refusal(
+                leaf, f"{name}, which has no rule (fallback='per_sample' differentiates it sample by sample)"
+            )
+        return self._record(func, name, writes, args, kwargs, tensors, wanted, known, call)
+
+    def _bind(self, name: str, args, kwargs, wanted: Sequence[Tensor], samples: Sequence[Tensor]) -> rules.Call | None:
+        """The call as its rule reads it: one sample tensor, and every wanted shared tensor in a role that the rule has."""
+        if len(samples) != 1:
+            return None
+        if name in rules.BROADCASTING:
+            alone = len(wanted) == 1 and len(args) == 2 and not kwargs
+            return rules.broadcast(name, samples[0], wanted[0]) if alone else None
+        call = rules.RULES[name](*args, **kwargs) if name in rules.RULES else None
+        if call is None or call.input is not samples[0]:
+            return None
+        covered = all(any(tensor is role for role in call.roles.values()) for tensor in wanted)
+        return call if covered else None
+
+    def _record(self, func, name: str, writes: bool, args, kwargs, tensors, wanted, known, call) -> Any:
+        assert self.rows is not None
+        above = {tensor.grad_fn for tensor in tensors}
+        order = {id(tensor): Slot(i) for i, (tensor, _) in reversed(list(enumerate(known)))}
+        use = Use(func, name, *(replaced(v, lambda v: order.get(id(v), v)) for v in (args, kwargs)), call)
+        if call is None:
+            use.shared = {str(i): tensor for i, tensor in enumerate(dict.fromkeys(wanted))}
+        else:
+            use.shared = {role: t for role, t in call.roles.items() if any(t is tensor for tensor in wanted)}
+        use.layouts = [where for _, where in known]
+        use.fused = self._may_fuse(name, use)
+        apart = self.weight_gradients == "none" or use.fused
+        given = [replaced(v, self._detached) if apart else v for v in (args, kwargs)]
+        out = func(*given[0], **given[1])
+        outputs = self._mark(out, name, args, kwargs, known, writes)
+        outputs = [tensor for tensor in outputs if tensor.is_floating_point()]
+        where = [self._samples[tensor] for tensor in outputs]
+        if any(at is None for at in where):
+            raise self._refusal(self._leaf_of(wanted[0]), f"{name}, of whose output the sample axis is not known")
+        use.out_layouts = [at for at in where if at is not None]
+        self._align(use, outputs)
+        anchor = torch.zeros(0, requires_grad=True, device=outputs[0].device)
+        if use.fused:
+            attached = Attach.apply(lambda grads: self._fired_fused(use, grads), 1, outputs[0], *use.shared.values())
+        elif not outputs[0].requires_grad:
+            attached = Attach.apply(lambda *grads: (None,), len(outputs), *outputs, anchor)
+        else:
+            attached = outputs
+        by_id = dict(zip(map(id, outputs), attached, strict=True))
+        out, outputs = replaced(out, lambda value: by_id.get(id(value), value)), list(attached)
+        self._account(outputs, above)
+        for tensor, at in zip(outputs, use.out_layouts, strict=True):
+            self._set_layout(tensor, at)
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            use.kept = Keep.apply(anchor, *(tensor for tensor, _ in known))
+        if use.fused:
+            pass
+        elif len(outputs) == 1:
+            outputs[0].register_hook(lambda grads: self._fired(use, [grads]))
+        else:
+            torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._fired(use, list(grads)))
+        for leaf in self._leaves_of(use):
+            leaf.uses[use.late] += 1
+        return out
+
+    def _detached(self, value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value in self._shared else value
+
+    def _leaf_of(self, tensor: Tensor) -> Leaf:
+        return self.leaves[min(self._shared[tensor][0])]
+
+    def _leaves_of(self, use: Use) -> list[Leaf]:
+        keys = {key: None for tensor in use.shared.values() for key in sorted(self._shared[tensor][0])}
+        return [self.leaves[key] for key in keys if self.leaves[key].wanted]
+
+    def _align(self, use: Use, outputs: Sequence[Tensor]) -> None:
+        """A shared tensor may have as many entries along the output's sample axis: then sample i meets its entry i."""
+        assert self.rows is not None
+        at = use.out_layouts[0]
+        for tensor in [*tensors_in(use.args), *tensors_in(use.kwargs)]:
+            if tensor in self._shared and (use.name in rules.ELEMENTWISE or use.name in rules.JOINING):
+                dim = at.dim - max(0, outputs[0].dim() - tensor.dim()) if use.name != "stack" else use.layouts[0].dim
+                if dim >= 0 and tensor.shape[dim] == at.outer * self.rows.count * at.inner and tensor.shape[dim] > 1:
+                    use.aligned[id(tensor)] = at._replace(dim=dim)
+        if use.name in layout.RECURRENT:
+            # the initial state [layers, N, H] is a constant that the module makes
+            for tensor in tensors_in(use.args[1]):
+                use.aligned[id(tensor)] = Layout(tensor.dim() - 2)
+
+    def _may_fuse(self, name: str, use: Use) -> bool:
+        plain = all(id(tensor) in self.leaves for tensor in use.shared.values())
+        return (
+            self.weight_gradients == "fused" and name == "linear" and plain and "weight" in use.shared and not use.late
+        )
+
+    # ---- gradients
+
+    def _samples_of(self, use: Use) -> tuple[Tensor, ...]:
+        if use.kept is None:
+            raise RuntimeError("a second backward pass through the same graph: its norms were formed by the first")
+        kept = use.kept.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        use.kept = None
+        return kept
+
+    def _fired(self, use: Use, grads: Sequence[Tensor | None]) -> None:
+        samples = self._samples_of(use)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self._arrive(use, samples, grads)
+
+    def _arrive(self, use: Use, samples: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> None:
+        ready = []
+        for leaf in self._leaves_of(use):
+            if leaf.closed:
+                raise self._refusal(
+                    leaf,
+                    f"{use.name} again after its norm was formed: it is shared between segments of reentrant checkpointing"
+                    " (use_reentrant=False works)",
+                )
+            leaf.fired[use.late] += 1
+            for role, tensor in use.shared.items():
+                if id(leaf.parameter) in self._shared[tensor][0]:
+                    leaf.entries.append(Entry(use, role, tensor, samples, grads))
+            late_done = not use.late or leaf.fired[True] == leaf.uses[True]
+            if leaf.fired[False] == leaf.uses[False] and late_done:
+                ready.append(leaf)
+        self._close_together(use, ready)
+
+    def _close_together(self, use: Use, ready: list[Leaf]) -> None:
+        """Weight and bias of one call take one pass when nothing else feeds them."""
+        alone = [leaf for leaf in ready if len(leaf.entries) == 1 and self._plain(leaf, leaf.entries[0])]
+        if len(alone) == 2 and use.call is not None and alone[0].module_name == alone[1].module_name:
+            found = self._by_rule(alone[0].entries[0], weight=True, bias=True)
+            if found is not None:
+                self._settle(alone[0], found)
+                self._settle(alone[1], torch.zeros_like(found))
+        for leaf in ready:
+            if not leaf.closed:
+                self._close(leaf)
+
+    def _settle(self, leaf: Leaf, sq_norms: Tensor) -> None:
+        leaf.sq_norms, leaf.entries, leaf.closed = sq_norms, [], True
+
+    def _plain(self, leaf: Leaf, entry: Entry) -> bool:
+        """The call saw the parameter itself, or a mere view of it that its rule does not tell from it."""
+        if entry.use is None or entry.use.call is None or entry.tensor is None:
+            return False
+        return entry.tensor is leaf.parameter or (
+            entry.use.call.isometric and entry.role == "weight" and self._shared[entry.tensor][1] is leaf
+        )
+
+    def _by_rule(self, entry: Entry, weight: bool, bias: bool) -> Tensor | None:
+        use = entry.use
+        assert use is not None
+        assert use.call is not None
+        return use.call.sq_norms(
+            self.rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0], weight, bias
+        )
+
+    @property
+    def _count(self) -> int:
+        assert self.rows is not None
+        return self.rows.samples
+
+    def _close(self, leaf: Leaf) -> None:
+        """All of the parameter's gradient has arrived: its squared norms, by the cheapest way there is."""
+        found = None
+        entries = leaf.entries
+        if len(entries) == 1 and self._plain(leaf, entries[0]):
+            role = entries[0].role
+            found = self._by_rule(entries[0], role == "weight", role == "bias")
+        elif len(entries) > 1 and all(self._plain(leaf, e) and e.tensor is leaf.parameter for e in entries):
+            found = self._joined(entries)
+        if found is None:
+            dtype = torch.float64 if leaf.parameter.dtype == torch.float64 else torch.float32
+            parts = [self._sample_gradient(leaf, entries, i).to(dtype).square().sum() for i in range(self._count)]
+            found = torch.stack(parts) if parts else leaf.parameter.new_zeros(0, dtype=dtype)
+        self._settle(leaf, found)
+
+    def _joined(self, entries: Sequence[Entry]) -> Tensor | None:
+        """Several calls with one parameter: joined along their positions, or an embedding tied to a linear layer."""
+        if any(entry.role != "weight" for entry in entries):
+            return None
+        joined: dict[str, list[tuple[Tensor, ...]]] = {}
+        for entry in entries:
+            use = entry.use
+            assert use is not None
+            assert use.call is not None
+            if use.call.positions is None or use.name not in ("linear", "embedding"):
+                return None
+            pair = use.call.positions(self.rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0])
+            joined.setdefault(use.call.kind, []).append(pair)
+        pairs = {
+            kind: tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True)) for kind, found in joined.items()
+        }
+        lookups = [kind for kind in pairs if kind != "linear"]
+        if len(lookups) > 1:
+            return None
+        total = 0.0
+        if "linear" in pairs:
+            a, g = pairs["linear"]
+            total = total + rules.linear_sq_norms(a, g, True, False)
+        if lookups:
+            skipped = int(lookups[0].split()[1])
+            ids, u = pairs[lookups[0]]
+            total = total + rules.embedding_sq_norms(ids, u, skipped)
+            if "linear" in pairs:
+                a, g = pairs["linear"]
+                total = (total + 2 * rules.tied_products(a, g, ids, u, skipped)).clamp(min=0)
+        assert isinstance(total, Tensor)
+        return total
+
+    def _sample_gradient(self, leaf: Leaf, entries: Sequence[Entry], sample: int) -> Tensor:
+        """One sample's gradient of the parameter, by calling the functions again on that sample."""
+        total = torch.zeros_like(leaf.parameter)
+        for entry in entries:
+            if entry.explicit is not None:
+                total += entry.explicit[sample]
+                continue
+            found = self._call_again(entry, sample)
+            if found is None:
+                continue
+            if entry.tensor is not leaf.parameter:
+                assert entry.tensor is not None
+                with torch.enable_grad():
+                    (found,) = torch.autograd.grad(
+                        entry.tensor, leaf.parameter, found, retain_graph=True, allow_unused=True
+                    )
+            if found is not None:
+                total += found
+        return total
+
+    def _call_again(self, entry: Entry, sample: int) -> Tensor | None:
+        use, rows, subject = entry.use, self.rows, entry.tensor
+        assert use is not None
+        assert rows is not None
+        assert subject is not None
+        inputs = [rows.one(tensor.detach(), at, sample) for tensor, at in zip(entry.samples, use.layouts, strict=True)]
+        at = use.aligned.get(id(subject))
+        variable = (subject if at is None else rows.one(subject, at, sample)).detach().requires_grad_()
+
+        def choose(value: Any) -> Any:
+            if isinstance(value, Slot):
+                return inputs[value]
+            if value is subject:
+                return variable
+            if isinstance(value, Tensor):
+                mine = use.aligned.get(id(value))
+                return (value if mine is None else rows.one(value, mine, sample)).detach()
+            return value
+
+        grads = [
+            (i, rows.one(g, where, sample))
+            for i, (g, where) in enumerate(zip(entry.grads, use.out_layouts, strict=True))
+            if g is not None
+        ]
+        with torch.enable_grad():
+            out = list(tensors_in(use.func(*replaced(use.args, choose), **replaced(use.kwargs, choose))))
+        out = [tensor for tensor in out if tensor.is_floating_point()]
+        (found,) = torch.autograd.grad(
+            [out[i] for i, _ in grads], variable, [g.to(out[i].dtype) for i, g in grads], allow_unused=True
+        )
+        if found is None or at is None:
+            return found
+        whole = torch.zeros_like(subject)
+        rows.one(whole, at, sample).copy_(found)
+        return whole
+
+    def _fired_fused(self, use: Use, grads: Tensor) -> tuple[Tensor, ...]:
+        """The weight's and bias's gradients, and where nothing else feeds them their norms in the same pass."""
+        samples = self._samples_of(use)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            leaves = self._leaves_of(use)
+            assert use.call is not None
+            assert use.call.positions is not None
+            a, g = use.call.positions(self.rows, samples[0], use.layouts[0], grads, use.out_layouts[0])
+            bias = "bias" in use.shared
+            sq_norms, *found = rules.linear_grads_and_sq_norms(a, g, bias)
+            alone = all(leaf.uses == {False: 1, True: 0} for leaf in leaves)
+            if alone:
+                self._settle(leaves[0], sq_norms)
+                for leaf in leaves[1:]:
+                    self._settle(leaf, torch.zeros_like(sq_norms))
+            else:
+                self._arrive(use, samples, [grads])
+            return tuple(part.to(t.dtype) for part, t in zip(found, use.shared.values(), strict=bias))
+
+    # ---- what cannot be split by sample
+
+    def _refusal(self, leaf: Leaf, how: str) -> UnaccountedParameter:
+        return UnaccountedParameter(
+            f"{leaf.described} is used by {how}: its per-sample gradient norms are not known."
+            " Leave it out with parameters=..., or compute this part outside"
+        )
+
+    def _is_training(self, args, kwargs) -> bool:
+        return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+
+    def _batch_statistics(self, func, args, kwargs) -> Any:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if self.batchnorm != "fixed_statistics":
+            raise UnaccountedParameter(
+                "batch normalisation in training mode: the loss of a sample depends on the whole batch, so its gradient norm"
+                " is not defined. Use eval mode, another normalisation, or batchnorm='fixed_statistics', which takes the"
+                " statistics of the batch for constants"
+            )
+        self.labels["batchnorm: the statistics of the batch are constants, also for .grad"] = None
+        x, eps = given["input"], given.get("eps", 1e-5)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            func(**(given | {"input": x.detach(), "weight": None, "bias": None}))  # the running statistics
+            dims = [dim for dim in range(x.dim()) if dim != 1]
+            var, mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, dims, correction=0)
+        with self:
+            return func(x, mean, var, given.get("weight"), given.get("bias"), False, 0.0, eps)
+
+    def _note_mean(self, args, kwargs) -> None:
+        """How many terms a mean loss is the mean of."""
+        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("reduction", "mean") != "mean" or not torch.is_grad_enabled():
+            return
+        target = given["target"]
+        if target.is_floating_point():  # class probabilities
+            self.mean_counts.append(target.numel() // target.shape[1 if target.dim() > 1 else 0])
+            return
+        kept = target != given.get("ignore_index", -100)
+        weight = given.get("weight")
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            count = kept.sum() if weight is None else (weight[target.where(kept, 0)] * kept).sum()
+        self.mean_counts.append(count)
+
+    # ---- backward
+
+    def _backward(self, loss: Tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+        if inputs is not None:
+            raise ValueError(
+                "backward(inputs=...) leaves gradients out, and the norms would lack them: call backward()"
+            )
+        if loss in self._shared:
+            raise self._refusal(
+                self._leaf_of(loss), "the loss alone, without any input of the model (was it called itself?)"
+            )
+        if loss.grad_fn is not None:
+            _, reached = self._walk([loss.grad_fn])
+            if reached:
+                key, node = reached[0]
+                raise self._refusal(
+                    self.leaves[key], f"{node}, which is not a torch function that can be seen (a scripted module, an"
+                    " autograd.Function, or a call of the model outside this context)",
+                )  # fmt: skip
+        with self:
+            torch.autograd.backward(loss, gradient, retain_graph, create_graph)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for leaf in self.leaves.values():
+                if leaf.entries and not leaf.closed:  # some of its uses had no part in the loss
+                    self._close(leaf)
+        self.finished = True
