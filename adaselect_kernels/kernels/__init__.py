@@ -2,7 +2,25 @@
 
 from adaselect_kernels.kernels.batch_stage import batch_scores, select_from_losses
 from adaselect_kernels.kernels.fused import fused_select
+from adaselect_kernels.kernels.grad_norms import (
+    affine_grad_sq_norms,
+    conv_grad_sq_norms,
+    embedding_grad_sq_norms,
+    linear_grad_sq_norms,
+    linear_grads_and_sq_norms,
+)
 from adaselect_kernels.kernels.row_stats import per_sample_stats
 from adaselect_kernels.kernels.select import select_topk
 
-__all__ = ["batch_scores", "fused_select", "per_sample_stats", "select_from_losses", "select_topk"]
+__all__ = [
+    "affine_grad_sq_norms",
+    "batch_scores",
+    "conv_grad_sq_norms",
+    "embedding_grad_sq_norms",
+    "fused_select",
+    "linear_grad_sq_norms",
+    "linear_grads_and_sq_norms",
+    "per_sample_stats",
+    "select_from_losses",
+    "select_topk",
+]
