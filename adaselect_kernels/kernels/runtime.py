@@ -39,10 +39,13 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+CPU_MULTIPROCESSORS = 4  # the interpreter's: small, so that small shapes reach every path
+
+
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4  # the interpreter: small, so that small shapes reach every path
+        return CPU_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
