@@ -17,6 +17,7 @@ METHOD_LOSSES = ("weighted", "selected")
 CURRICULUM_SCALES = ("sum_squares", "rms")
 UNITS = ("sample", "token")
 ORDERS = ("index", "score")
+GRAD_NORM_SOURCES = ("logits", "last_layer", "last_k", "norm_layers", "hutchinson", "exact")
 
 ADABOOST_EPS = 1e-6  # t = max(l, 0) / ((1 + eps) max l)
 STD_EPS = 1e-6  # u = (l - mean l) / (std l + eps)

@@ -393,9 +393,10 @@ class Recorder(TorchFunctionMode):
         assert self.rows is not None
         above = {tensor.grad_fn for tensor in tensors}
         order = {id(tensor): Slot(i) for i, (tensor, _) in reversed(list(enumerate(known)))}
-        use = Use(func, name, *(replaced(v, lambda v: order.get(id(v), v)) for v in (args, kwargs)), call)
+        kept_args, kept_kwargs = (replaced(nest, lambda v: order.get(id(v), v)) for nest in (args, kwargs))
+        use = Use(func, name, kept_args, kept_kwargs, call)
         if call is None:
-            use.shared = {str(i): tensor for i, tensor in enumerate(dict.fromkeys(wanted))}
+            use.shared = {str(key): tensor for key, tensor in {id(tensor): tensor for tensor in wanted}.items()}
         else:
             use.shared = {role: t for role, t in call.roles.items() if any(t is tensor for tensor in wanted)}
         use.layouts = [where for _, where in known]

@@ -31,9 +31,10 @@ def get_policy(name: str, gamma: float, **config: Any) -> Policy:
     name: "adaselection" or one of the baselines "uniform", "big_loss", "small_loss", "grad_norm", "adaboost" (monotone
         in the loss, so alone it equals "big_loss"), "coreset1", "coreset2".
     config: of every policy seed, unit, order, ignore_index, label_smoothing, impl (see `fused_select`), and device
-        (where the state lives from the start; None: that of the first call); of "adaselection" also methods and the
-        fields of AdaSelectionOptions: beta, temperature, standardize, update, method_loss, weight_floor,
-        curriculum_power, curriculum_scale.
+        (where the state lives from the start; None: that of the first call); of "grad_norm" also source, layers and
+        probes (see `grad_norms.sample_grad_norms`); of "adaselection" also methods and the fields of
+        AdaSelectionOptions: beta, temperature, standardize, update, method_loss, weight_floor, curriculum_power,
+        curriculum_scale.
 
     Raises ValueError (unknown name, a value outside what is accepted) or TypeError (unknown setting, wrong type).
 

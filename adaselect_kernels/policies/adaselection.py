@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaselect_kernels.functional import (
     DEFAULT_METHODS,
@@ -14,7 +14,8 @@ from adaselect_kernels.functional import (
     fused_select,
     select_from_losses,
 )
-from adaselect_kernels.options import AdaSelectionOptions, check_methods
+from adaselect_kernels.grad_norms.dial import Forward, check_dial, sample_grad_norms
+from adaselect_kernels.options import GRAD_NORM_SOURCES, AdaSelectionOptions, check_methods, require_choice
 from adaselect_kernels.policies.policy import Policy, PolicyConfig
 
 
@@ -98,10 +99,49 @@ class SmallLoss(Baseline):
     name: ClassVar[str] = "small_loss"
 
 
+@dataclass(frozen=True)
+class GradNormConfig(PolicyConfig):
+    """PolicyConfig, and where the norms come from: `source`, `layers` and `probes` of `grad_norms.sample_grad_norms`."""
+
+    source: str = "logits"
+    layers: int = 2
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("source", self.source, GRAD_NORM_SOURCES)
+        check_dial(self.layers, self.probes)
+
+
 class GradNorm(Baseline):
-    """k largest gradient norms; of logits, norm(softmax(z) - onehot(y)) (Katharopoulos & Fleuret 2018)."""
+    """k largest gradient norms; of logits, norm(softmax(z) - onehot(y)) (Katharopoulos & Fleuret 2018).
+
+    With another `source` the norms are those of the model's parameters: `SelectedBatches` asks `score` for them, and a
+    loop of one's own passes its result on as `select_from_losses(stats.loss, stats.grad_norm)`.
+    """
 
     name: ClassVar[str] = "grad_norm"
+    config_type: ClassVar[type[PolicyConfig]] = GradNormConfig
+    config: GradNormConfig
+
+    def select(self, logits: Tensor, targets: Tensor) -> Selection:
+        if self.config.source != "logits":
+            raise ValueError(
+                f"source={self.config.source!r} needs the model: stats = policy.score(model, batch), then"
+                " policy.select_from_losses(stats.loss, stats.grad_norm)"
+            )
+        return super().select(logits, targets)
+
+    def score(self, model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+        """Losses and norms of a batch as SampleStats; for the source "logits" what `forward` gives."""
+        if self.config.source == "logits" and forward is not None:
+            return forward(model, batch)
+        settings = {
+            name: getattr(self.config, name) for name in ("layers", "probes", "ignore_index", "label_smoothing")
+        }
+        return sample_grad_norms(
+            model, batch, method=self.config.source, forward=forward, seed=self.config.seed, **settings
+        )
 
 
 class AdaBoost(Baseline):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaselect_kernels.dispatch import IMPLS
 from adaselect_kernels.functional import Selection, fused_select
@@ -85,6 +85,10 @@ class Policy:
     def select_from_losses(self, losses: Tensor, grad_norms: Tensor | None = None) -> Selection:
         """Choose from per-sample losses [N], and gradient norms [N] where the policy uses them."""
         raise NotImplementedError
+
+    def score(self, model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
+        """What the scoring pass computes for a candidate batch: `forward(model, batch)`, unless the policy needs more."""
+        return forward(model, batch)
 
     def to(self, device: torch.device | str) -> "Policy":
         """Move the state to `device`, where it stays; returns the policy."""

@@ -178,7 +178,8 @@ class SelectedBatches:
         """Score a candidate batch, append its chosen rows."""
         rows = count_rows(batch)
         with scoring_pass(self.model, mode=self.mode, autocast=self.autocast):
-            result = self.forward(self.model, batch)
+            known = isinstance(self.policy, Policy)  # anything else that selects is given what forward gives
+            result = self.policy.score(self.model, batch, self.forward) if known else self.forward(self.model, batch)
         self.seconds.score += clock()
         selection = _choose(self.policy, result)
         if selection.scores.shape[0] != rows:
