@@ -164,8 +164,9 @@ def _leaves(model: nn.Module, parameters: Any) -> list[Leaf]:
 
 def _restrict(model: nn.Module, leaves: dict[int, Leaf], parameters: Any) -> None:
     one = isinstance(parameters, (str, nn.Module, Tensor)) or not isinstance(parameters, Iterable)
+    items: list[Any] = [parameters] if one else list(parameters)
     modules, named = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
-    for item in [parameters] if one else parameters:
+    for item in items:
         if isinstance(item, str) and item in named:
             chosen = [named[item]]
         elif isinstance(item, str) and item in modules:

@@ -8,69 +8,35 @@ are refused, or differentiated one sample at a time. Before a backward pass the 
 reaches by a way not seen here is refused too, so no part of a gradient is ever left out.
 """
 
+import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaselect_kernels.grad_norms import layout, rules
+from adaselect_kernels.grad_norms.gradients import (
+    Entry,
+    Leaf,
+    Slot,
+    Use,
+    by_rule,
+    replaced,
+    sample_gradient,
+    sq_norms_of,
+    tensors_in,
+)
 from adaselect_kernels.grad_norms.layout import LEADING, Layout
 from adaselect_kernels.grad_norms.rows import Rows
 
 
 class UnaccountedParameter(ValueError):
     """A parameter takes part in the loss in a way whose per-sample gradients are not known; nothing was computed."""
-
-
-class Leaf:
-    """A trainable parameter, and what is known of its gradient in this batch."""
-
-    def __init__(self, name: str, module_name: str, module: nn.Module, parameter: nn.Parameter, wanted: bool) -> None:
-        self.name, self.module_name, self.module = name, module_name, module
-        self.parameter, self.wanted = parameter, wanted
-        self.reset()
-
-    def reset(self) -> None:
-        self.uses = {False: 0, True: 0}  # by "seen during a backward pass" (a recomputation of checkpointing)
-        self.fired = {False: 0, True: 0}
-        self.entries: list[Entry] = []
-        self.sq_norms: Tensor | None = None
-        self.closed = False
-
-    @property
-    def described(self) -> str:
-        where = f"module {self.module_name!r}" if self.module_name else "the model itself"
-        return f"parameter {self.name!r} of {where} ({type(self.module).__name__})"
-
-
-class Use:
-    """One call with parameters: how to call it again, and which tensors in it are which."""
-
-    def __init__(self, func, name: str, args, kwargs, call: rules.Call | None) -> None:
-        self.func, self.name, self.args, self.kwargs, self.call = func, name, args, kwargs, call
-        self.shared: dict[str, Tensor] = {}  # role -> tensor, of the wanted ones
-        self.layouts: list[Layout] = []  # of the sample tensors, in the order of their slots
-        self.aligned: dict[int, Layout] = {}  # id of a shared tensor -> where its own sample axis is
-        self.out_layouts: list[Layout] = []
-        self.late = torch._C._current_graph_task_id() != -1
-        self.kept: Tensor | None = None  # its node keeps the sample tensors, as autograd keeps its own
-        self.fused = False
-
-
-class Entry:
-    """A use whose gradient has arrived, as part of one parameter's gradient; or that part itself, [N, ...]."""
-
-    def __init__(self, use: Use | None, role: str, tensor: Tensor | None, samples, grads, explicit=None) -> None:
-        self.use, self.role, self.tensor, self.samples, self.grads = use, role, tensor, samples, grads
-        self.explicit: Tensor | None = explicit
-
-
-class Slot(int):
-    """Stands for a sample tensor in the arguments that a use keeps."""
 
 
 class Keep(torch.autograd.Function):
@@ -100,27 +66,6 @@ class Attach(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         passed = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=False))
         return None, None, *passed, *ctx.gradients(*grads)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-
-
-def replaced(value: Any, by: Callable[[Any], Any]) -> Any:
-    """The same nest of tuples, lists and dictionaries with every leaf replaced."""
-    if isinstance(value, (tuple, list)):
-        items = [replaced(item, by) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {key: replaced(item, by) for key, item in value.items()}
-    return by(value)
 
 
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
@@ -327,19 +272,24 @@ class Recorder(TorchFunctionMode):
             self._shared[tensor] = (sources, of if whole else None)
             self._shared_nodes[tensor.grad_fn] = sources
             if any(self.leaves[source].wanted for source in sources) and self.weight_gradients != "none":
-                tensor.register_hook(lambda grads, tensor=tensor: self._leaving(tensor))
+                # entries keep the tensor while they need it; a strong reference here would be a cycle
+                tensor.register_hook(functools.partial(self._leaving, weakref.ref(tensor)))
         return out
 
-    def _leaving(self, tensor: Tensor) -> None:
+    def _leaving(self, derived: Callable[[], Tensor | None], grads: Tensor) -> None:
         """The graph behind a derived tensor is about to run, and to be freed: take what still needs it."""
+        tensor = derived()
+        if tensor is None:
+            return
         with torch._C.DisableTorchFunction():
             for source in self._shared[tensor][0]:
                 leaf = self.leaves[source]
                 mine = [entry for entry in leaf.entries if entry.tensor is tensor and entry.explicit is None]
                 if mine and not leaf.closed:
                     leaf.entries = [entry for entry in leaf.entries if entry not in mine]
-                    parts = torch.stack([self._sample_gradient(leaf, mine, i) for i in range(self._count)])
-                    leaf.entries.append(Entry(None, "", None, (), (), parts))
+                    assert self.rows is not None
+                    parts = [sample_gradient(leaf, mine, self.rows, i) for i in range(self.rows.samples)]
+                    leaf.entries.append(Entry(None, "", None, (), (), False, torch.stack(parts)))
 
     # ---- uses
 
@@ -400,7 +350,7 @@ class Recorder(TorchFunctionMode):
         else:
             use.shared = {role: t for role, t in call.roles.items() if any(t is tensor for tensor in wanted)}
         use.layouts = [where for _, where in known]
-        use.fused = self._may_fuse(name, use)
+        use.fused = self._may_fuse(name, use, [tensor for tensor in tensors if tensor in self._shared])
         apart = self.weight_gradients == "none" or use.fused
         given = [replaced(v, self._detached) if apart else v for v in (args, kwargs)]
         out = func(*given[0], **given[1])
@@ -459,11 +409,9 @@ class Recorder(TorchFunctionMode):
             for tensor in tensors_in(use.args[1]):
                 use.aligned[id(tensor)] = Layout(tensor.dim() - 2)
 
-    def _may_fuse(self, name: str, use: Use) -> bool:
-        plain = all(id(tensor) in self.leaves for tensor in use.shared.values())
-        return (
-            self.weight_gradients == "fused" and name == "linear" and plain and "weight" in use.shared and not use.late
-        )
+    def _may_fuse(self, name: str, use: Use, shared: Sequence[Tensor]) -> bool:
+        plain = all(id(tensor) in self.leaves for tensor in shared) and len(shared) == len(use.shared)
+        return self.weight_gradients == "fused" and name == "linear" and plain and "weight" in use.shared
 
     # ---- gradients
 
@@ -490,8 +438,11 @@ class Recorder(TorchFunctionMode):
                 )
             leaf.fired[use.late] += 1
             for role, tensor in use.shared.items():
-                if id(leaf.parameter) in self._shared[tensor][0]:
-                    leaf.entries.append(Entry(use, role, tensor, samples, grads))
+                sources, whole = self._shared[tensor]
+                if id(leaf.parameter) in sources:
+                    view = use.call is not None and use.call.isometric and role == "weight" and whole is leaf
+                    plain = use.call is not None and (view or tensor is leaf.parameter)
+                    leaf.entries.append(Entry(use, role, tensor, samples, grads, plain))
             late_done = not use.late or leaf.fired[True] == leaf.uses[True]
             if leaf.fired[False] == leaf.uses[False] and late_done:
                 ready.append(leaf)
@@ -499,143 +450,16 @@ class Recorder(TorchFunctionMode):
 
     def _close_together(self, use: Use, ready: list[Leaf]) -> None:
         """Weight and bias of one call take one pass when nothing else feeds them."""
-        alone = [leaf for leaf in ready if len(leaf.entries) == 1 and self._plain(leaf, leaf.entries[0])]
-        if len(alone) == 2 and use.call is not None and alone[0].module_name == alone[1].module_name:
-            found = self._by_rule(alone[0].entries[0], weight=True, bias=True)
+        assert self.rows is not None
+        alone = [leaf for leaf in ready if len(leaf.entries) == 1 and leaf.entries[0].plain]
+        if len(alone) == 2 and alone[0].module_name == alone[1].module_name:
+            found = by_rule(alone[0].entries[0], self.rows, weight=True, bias=True)
             if found is not None:
-                self._settle(alone[0], found)
-                self._settle(alone[1], torch.zeros_like(found))
+                alone[0].close(found)
+                alone[1].close(torch.zeros_like(found))
         for leaf in ready:
             if not leaf.closed:
-                self._close(leaf)
-
-    def _settle(self, leaf: Leaf, sq_norms: Tensor) -> None:
-        leaf.sq_norms, leaf.entries, leaf.closed = sq_norms, [], True
-
-    def _plain(self, leaf: Leaf, entry: Entry) -> bool:
-        """The call saw the parameter itself, or a mere view of it that its rule does not tell from it."""
-        if entry.use is None or entry.use.call is None or entry.tensor is None:
-            return False
-        return entry.tensor is leaf.parameter or (
-            entry.use.call.isometric and entry.role == "weight" and self._shared[entry.tensor][1] is leaf
-        )
-
-    def _by_rule(self, entry: Entry, weight: bool, bias: bool) -> Tensor | None:
-        use = entry.use
-        assert use is not None
-        assert use.call is not None
-        return use.call.sq_norms(
-            self.rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0], weight, bias
-        )
-
-    @property
-    def _count(self) -> int:
-        assert self.rows is not None
-        return self.rows.samples
-
-    def _close(self, leaf: Leaf) -> None:
-        """All of the parameter's gradient has arrived: its squared norms, by the cheapest way there is."""
-        found = None
-        entries = leaf.entries
-        if len(entries) == 1 and self._plain(leaf, entries[0]):
-            role = entries[0].role
-            found = self._by_rule(entries[0], role == "weight", role == "bias")
-        elif len(entries) > 1 and all(self._plain(leaf, e) and e.tensor is leaf.parameter for e in entries):
-            found = self._joined(entries)
-        if found is None:
-            dtype = torch.float64 if leaf.parameter.dtype == torch.float64 else torch.float32
-            parts = [self._sample_gradient(leaf, entries, i).to(dtype).square().sum() for i in range(self._count)]
-            found = torch.stack(parts) if parts else leaf.parameter.new_zeros(0, dtype=dtype)
-        self._settle(leaf, found)
-
-    def _joined(self, entries: Sequence[Entry]) -> Tensor | None:
-        """Several calls with one parameter: joined along their positions, or an embedding tied to a linear layer."""
-        if any(entry.role != "weight" for entry in entries):
-            return None
-        joined: dict[str, list[tuple[Tensor, ...]]] = {}
-        for entry in entries:
-            use = entry.use
-            assert use is not None
-            assert use.call is not None
-            if use.call.positions is None or use.name not in ("linear", "embedding"):
-                return None
-            pair = use.call.positions(self.rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0])
-            joined.setdefault(use.call.kind, []).append(pair)
-        pairs = {
-            kind: tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True)) for kind, found in joined.items()
-        }
-        lookups = [kind for kind in pairs if kind != "linear"]
-        if len(lookups) > 1:
-            return None
-        total = 0.0
-        if "linear" in pairs:
-            a, g = pairs["linear"]
-            total = total + rules.linear_sq_norms(a, g, True, False)
-        if lookups:
-            skipped = int(lookups[0].split()[1])
-            ids, u = pairs[lookups[0]]
-            total = total + rules.embedding_sq_norms(ids, u, skipped)
-            if "linear" in pairs:
-                a, g = pairs["linear"]
-                total = (total + 2 * rules.tied_products(a, g, ids, u, skipped)).clamp(min=0)
-        assert isinstance(total, Tensor)
-        return total
-
-    def _sample_gradient(self, leaf: Leaf, entries: Sequence[Entry], sample: int) -> Tensor:
-        """One sample's gradient of the parameter, by calling the functions again on that sample."""
-        total = torch.zeros_like(leaf.parameter)
-        for entry in entries:
-            if entry.explicit is not None:
-                total += entry.explicit[sample]
-                continue
-            found = self._call_again(entry, sample)
-            if found is None:
-                continue
-            if entry.tensor is not leaf.parameter:
-                assert entry.tensor is not None
-                with torch.enable_grad():
-                    (found,) = torch.autograd.grad(
-                        entry.tensor, leaf.parameter, found, retain_graph=True, allow_unused=True
-                    )
-            if found is not None:
-                total += found
-        return total
-
-    def _call_again(self, entry: Entry, sample: int) -> Tensor | None:
-        use, rows, subject = entry.use, self.rows, entry.tensor
-        assert use is not None
-        assert rows is not None
-        assert subject is not None
-        inputs = [rows.one(tensor.detach(), at, sample) for tensor, at in zip(entry.samples, use.layouts, strict=True)]
-        at = use.aligned.get(id(subject))
-        variable = (subject if at is None else rows.one(subject, at, sample)).detach().requires_grad_()
-
-        def choose(value: Any) -> Any:
-            if isinstance(value, Slot):
-                return inputs[value]
-            if value is subject:
-                return variable
-            if isinstance(value, Tensor):
-                mine = use.aligned.get(id(value))
-                return (value if mine is None else rows.one(value, mine, sample)).detach()
-            return value
-
-        grads = [
-            (i, rows.one(g, where, sample))
-            for i, (g, where) in enumerate(zip(entry.grads, use.out_layouts, strict=True))
-            if g is not None
-        ]
-        with torch.enable_grad():
-            out = list(tensors_in(use.func(*replaced(use.args, choose), **replaced(use.kwargs, choose))))
-        out = [tensor for tensor in out if tensor.is_floating_point()]
-        (found,) = torch.autograd.grad(
-            [out[i] for i, _ in grads], variable, [g.to(out[i].dtype) for i, g in grads], allow_unused=True
-        )
-        if found is None or at is None:
-            return found
-        whole = torch.zeros_like(subject)
-        rows.one(whole, at, sample).copy_(found)
-        return whole
+                leaf.close(sq_norms_of(leaf, self.rows))
 
     def _fired_fused(self, use: Use, grads: Tensor) -> tuple[Tensor, ...]:
         """The weight's and bias's gradients, and where nothing else feeds them their norms in the same pass."""
@@ -647,11 +471,12 @@ class Recorder(TorchFunctionMode):
             a, g = use.call.positions(self.rows, samples[0], use.layouts[0], grads, use.out_layouts[0])
             bias = "bias" in use.shared
             sq_norms, *found = rules.linear_grads_and_sq_norms(a, g, bias)
-            alone = all(leaf.uses == {False: 1, True: 0} for leaf in leaves)
+            only = {False: leaves[0].uses[False], True: 1} if use.late else {False: 1, True: leaves[0].uses[True]}
+            alone = all(leaf.uses == only and not (use.late and leaf.uses[False]) for leaf in leaves)
             if alone:
-                self._settle(leaves[0], sq_norms)
+                leaves[0].close(sq_norms)
                 for leaf in leaves[1:]:
-                    self._settle(leaf, torch.zeros_like(sq_norms))
+                    leaf.close(torch.zeros_like(sq_norms))
             else:
                 self._arrive(use, samples, [grads])
             return tuple(part.to(t.dtype) for part, t in zip(found, use.shared.values(), strict=bias))
@@ -725,5 +550,6 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for leaf in self.leaves.values():
                 if leaf.entries and not leaf.closed:  # some of its uses had no part in the loss
-                    self._close(leaf)
+                    assert self.rows is not None
+                    leaf.close(sq_norms_of(leaf, self.rows))
         self.finished = True

@@ -36,8 +36,19 @@ class Rows:
     def one(self, tensor: Tensor, layout: Layout, sample: int) -> Tensor:
         """The tensor with the axis cut down to one sample: what the function would have been given for it alone."""
         split = tensor.unflatten(layout.dim, (layout.outer, self.count, layout.inner))
+        return split.index_select(layout.dim + 1, self._of(sample, tensor.device)).flatten(layout.dim, layout.dim + 2)
+
+    def put(self, tensor: Tensor, layout: Layout, sample: int, part: Tensor) -> None:
+        """Write what `one` would cut out."""
+        split = tensor.unflatten(layout.dim, (layout.outer, self.count, layout.inner))
+        split.index_copy_(
+            layout.dim + 1,
+            self._of(sample, tensor.device),
+            part.unflatten(layout.dim, (layout.outer, -1, layout.inner)),
+        )
+
+    def _of(self, sample: int, device: torch.device) -> Tensor:
+        """The sample's rows."""
         if self._ids is None:
-            kept = split.narrow(layout.dim + 1, sample, 1)
-        else:
-            kept = split.index_select(layout.dim + 1, (self._ids == sample).nonzero()[:, 0])
-        return kept.flatten(layout.dim, layout.dim + 2)
+            return torch.tensor([sample], device=device)
+        return (self._ids == sample).nonzero()[:, 0]

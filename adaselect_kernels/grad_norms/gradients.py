@@ -1,0 +1,189 @@
+"""From the calls that a parameter took part in, and the gradients at their outputs, to its squared per-sample norms."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaselect_kernels.grad_norms import rules
+from adaselect_kernels.grad_norms.layout import Layout
+from adaselect_kernels.grad_norms.rows import Rows
+
+
+class Leaf:
+    """A trainable parameter, and what is known of its gradient in this batch."""
+
+    def __init__(self, name: str, module_name: str, module: nn.Module, parameter: nn.Parameter, wanted: bool) -> None:
+        self.name, self.module_name, self.module = name, module_name, module
+        self.parameter, self.wanted = parameter, wanted
+        self.reset()
+
+    def reset(self) -> None:
+        self.uses = {False: 0, True: 0}  # by "seen during a backward pass" (a recomputation of checkpointing)
+        self.fired = {False: 0, True: 0}
+        self.entries: list[Entry] = []
+        self.sq_norms: Tensor | None = None
+        self.closed = False
+
+    def close(self, sq_norms: Tensor) -> None:
+        """All of its gradient has arrived; `sq_norms` [N] are known."""
+        self.sq_norms, self.entries, self.closed = sq_norms, [], True
+
+    @property
+    def described(self) -> str:
+        where = f"module {self.module_name!r}" if self.module_name else "the model itself"
+        return f"parameter {self.name!r} of {where} ({type(self.module).__name__})"
+
+
+class Use:
+    """One call with parameters: how to call it again, and which tensors in it are which."""
+
+    def __init__(self, func, name: str, args, kwargs, call: rules.Call | None) -> None:
+        self.func, self.name, self.args, self.kwargs, self.call = func, name, args, kwargs, call
+        self.shared: dict[str, Tensor] = {}  # role -> tensor, of the wanted ones
+        self.layouts: list[Layout] = []  # of the sample tensors, in the order of their slots
+        self.aligned: dict[int, Layout] = {}  # id of a shared tensor -> where its own sample axis is
+        self.out_layouts: list[Layout] = []
+        self.late = torch._C._current_graph_task_id() != -1
+        self.kept: Tensor | None = None  # its node keeps the sample tensors, as autograd keeps its own
+        self.fused = False
+
+
+class Entry:
+    """A use whose gradient has arrived, as part of one parameter's gradient; or that part itself, `explicit` [N, ...].
+
+    plain: the call has a rule and saw the parameter itself, or a mere view of it that the rule does not tell from it.
+    """
+
+    def __init__(
+        self, use: Use | None, role: str, tensor: Tensor | None, samples, grads, plain: bool, explicit=None
+    ) -> None:
+        self.use, self.role, self.tensor, self.samples, self.grads = use, role, tensor, samples, grads
+        self.plain = plain
+        self.explicit: Tensor | None = explicit
+
+
+class Slot(int):
+    """Stands for a sample tensor in the arguments that a use keeps."""
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def replaced(value: Any, by: Callable[[Any], Any]) -> Any:
+    """The same nest of tuples, lists and dictionaries with every leaf replaced."""
+    if isinstance(value, (tuple, list)):
+        items = [replaced(item, by) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: replaced(item, by) for key, item in value.items()}
+    return by(value)
+
+
+def sq_norms_of(leaf: Leaf, rows: Rows) -> Tensor:
+    """[N], by the cheapest way there is: the call's rule, its calls joined, or one sample's gradient after the other."""
+    entries, found = leaf.entries, None
+    if len(entries) == 1 and entries[0].plain:
+        role = entries[0].role
+        found = by_rule(entries[0], rows, role == "weight", role == "bias")
+    elif len(entries) > 1 and all(entry.plain and entry.tensor is leaf.parameter for entry in entries):
+        found = _joined(entries, rows)
+    if found is None:
+        dtype = torch.float64 if leaf.parameter.dtype == torch.float64 else torch.float32
+        parts = [sample_gradient(leaf, entries, rows, i).to(dtype).square().sum() for i in range(rows.samples)]
+        found = torch.stack(parts) if parts else leaf.parameter.new_zeros(0, dtype=dtype)
+    return found
+
+
+def by_rule(entry: Entry, rows: Rows, weight: bool, bias: bool) -> Tensor | None:
+    use = entry.use
+    assert use is not None
+    assert use.call is not None
+    return use.call.sq_norms(rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0], weight, bias)
+
+
+def _joined(entries: Sequence[Entry], rows: Rows) -> Tensor | None:
+    """Several calls with one parameter: joined along their positions, or an embedding tied to a linear layer."""
+    joined: dict[str, list[tuple[Tensor, ...]]] = {}
+    for entry in entries:
+        use = entry.use
+        assert use is not None
+        assert use.call is not None
+        if entry.role != "weight" or use.call.positions is None or use.name not in ("linear", "embedding"):
+            return None
+        pair = use.call.positions(rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0])
+        joined.setdefault(use.call.kind, []).append(pair)
+    pairs = {kind: tuple(torch.cat(part, 1) for part in zip(*found, strict=True)) for kind, found in joined.items()}
+    linear = pairs.pop("linear", None)
+    total = None if linear is None else rules.linear_sq_norms(*linear, weight=True, bias=False)
+    if len(pairs) > 1:
+        return None  # lookups that skip different rows of the table
+    for kind, (ids, u) in pairs.items():
+        skipped = int(kind.split()[1])
+        lookups = rules.embedding_sq_norms(ids, u, skipped)
+        if linear is None or total is None:
+            return lookups
+        a, g = linear
+        return (total + lookups + 2 * rules.tied_products(a, g, ids, u, skipped)).clamp(min=0)
+    return total
+
+
+def sample_gradient(leaf: Leaf, entries: Sequence[Entry], rows: Rows, sample: int) -> Tensor:
+    """One sample's gradient of the parameter, by calling the functions again on that sample."""
+    total = torch.zeros_like(leaf.parameter)
+    for entry in entries:
+        found = entry.explicit[sample] if entry.explicit is not None else _call_again(entry, rows, sample)
+        if found is not None and entry.tensor is not None and entry.tensor is not leaf.parameter:
+            with torch.enable_grad():
+                (found,) = torch.autograd.grad(
+                    entry.tensor, leaf.parameter, found, retain_graph=True, allow_unused=True
+                )
+        if found is not None:
+            total += found
+    return total
+
+
+def _call_again(entry: Entry, rows: Rows, sample: int) -> Tensor | None:
+    """The gradient of the entry's shared tensor."""
+    use, subject = entry.use, entry.tensor
+    assert use is not None
+    assert subject is not None
+    inputs = [rows.one(tensor.detach(), at, sample) for tensor, at in zip(entry.samples, use.layouts, strict=True)]
+    at = use.aligned.get(id(subject))
+    variable = (subject if at is None else rows.one(subject, at, sample)).detach().requires_grad_()
+
+    def choose(value: Any) -> Any:
+        if isinstance(value, Slot):
+            return inputs[value]
+        if value is subject:
+            return variable
+        if isinstance(value, Tensor):
+            mine = use.aligned.get(id(value))
+            return (value if mine is None else rows.one(value, mine, sample)).detach()
+        return value
+
+    with torch.enable_grad():
+        out = list(tensors_in(use.func(*replaced(use.args, choose), **replaced(use.kwargs, choose))))
+    out = [tensor for tensor in out if tensor.is_floating_point()]
+    arrived = [
+        (tensor, rows.one(grads, where, sample).to(tensor.dtype))
+        for tensor, grads, where in zip(out, entry.grads, use.out_layouts, strict=True)
+        if grads is not None
+    ]
+    (found,) = torch.autograd.grad(
+        [tensor for tensor, _ in arrived], variable, [grads for _, grads in arrived], allow_unused=True
+    )
+    if found is None or at is None:
+        return found
+    whole = torch.zeros_like(subject)
+    rows.put(whole, at, sample, found)
+    return whole
