@@ -81,4 +81,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                        seed, options);
       },
       Unlocked());
+  m.def("linear_grad_sq_norms", adaselect::linear_grad_sq_norms, Unlocked());
+  m.def("linear_grads_and_sq_norms", adaselect::linear_grads_and_sq_norms, Unlocked());
+  m.def(
+      "conv_grad_sq_norms",
+      [](const at::Tensor& input, const at::Tensor& grads, const Ints& kernel_size, const Ints& stride,
+         const Ints& padding, const Ints& dilation, int64_t groups, bool weight, bool bias, std::string_view form) {
+        return adaselect::conv_grad_sq_norms(input, grads, kernel_size, stride, padding, dilation, groups, weight, bias,
+                                             form);
+      },
+      Unlocked());
+  m.def("embedding_grad_sq_norms", adaselect::embedding_grad_sq_norms, Unlocked());
+  m.def("affine_grad_sq_norms", adaselect::affine_grad_sq_norms, Unlocked());
+  m.def("linear_grad_form", adaselect::linear_grad_form, Unlocked());
+  m.def(
+      "conv_grad_form",
+      [](const at::Tensor& input, const at::Tensor& grads, const Ints& kernel_size, const Ints& stride,
+         const Ints& padding, const Ints& dilation, int64_t groups) {
+        return adaselect::conv_grad_form(input, grads, kernel_size, stride, padding, dilation, groups);
+      },
+      Unlocked());
 }

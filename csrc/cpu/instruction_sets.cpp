@@ -11,6 +11,13 @@ struct InstructionSet {
   bool supported;
 };
 
+#define ADASELECT_TABLE(name, isa)                                                                      \
+  KernelTable {                                                                                         \
+    name, isa::row_stats_by_dtype, isa::batch_by_dtype, isa::select32_by_dtype, &isa::select64_kernels, \
+        &isa::matrix32_kernels, &isa::matrix64_kernels, isa::pack_by_dtype, isa::affine_by_dtype,       \
+        isa::segment_by_dtype                                                                           \
+  }
+
 // Best first.
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;
@@ -19,23 +26,18 @@ std::vector<InstructionSet> instruction_sets() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  sets.push_back({{"avx512", avx512::row_stats_by_dtype, avx512::batch_by_dtype, avx512::select32_by_dtype,
-                   &avx512::select64_kernels},
-                  avx512});
-  sets.push_back(
-      {{"avx2", avx2::row_stats_by_dtype, avx2::batch_by_dtype, avx2::select32_by_dtype, &avx2::select64_kernels},
-       avx2});
+  sets.push_back({ADASELECT_TABLE("avx512", avx512), avx512});
+  sets.push_back({ADASELECT_TABLE("avx2", avx2), avx2});
 #endif
 #if defined(__aarch64__)
   const char* baseline_name = "neon";
 #else
   const char* baseline_name = "default";
 #endif
-  sets.push_back({{baseline_name, baseline::row_stats_by_dtype, baseline::batch_by_dtype, baseline::select32_by_dtype,
-                   &baseline::select64_kernels},
-                  true});
+  sets.push_back({ADASELECT_TABLE(baseline_name, baseline), true});
   return sets;
 }
+#undef ADASELECT_TABLE
 
 KernelTable choose() {
   const std::vector<InstructionSet> sets = instruction_sets();

@@ -103,6 +103,63 @@ struct SelectKernels {
 };
 inline constexpr int64_t kCompactSlack = 16;
 
+// ---- squared norms of per-sample gradients
+//
+// A panel holds `width` columns of a matrix, packed [k][width]; a tile is the product of `rows` columns of one matrix
+// with a panel of another, summed over k in the compute type for one call and in float64 across calls.
+
+// Steps of a sum over k: positions first, first + step, ... of a panel.
+struct Run {
+  int64_t first, length;
+};
+
+// sum over s >= t of K[t, s] M[t + shift, s + shift], s > t twice, for the rows t of a stripe of K; positions are
+// points of grids, and what falls outside the grid of M counts 0.
+template <class T>
+struct ShiftedProduct {
+  const T* gram_grads;  // K rows [begin, end), [end - begin, T]
+  const T* gram_input;  // M from row first_row on, [., grid points]
+  int64_t first_row;
+  int64_t begin, end;
+  int64_t out[3], grid[3], shift[3];
+};
+struct GramSums {
+  double total, diagonal;
+};
+
+template <class T>
+struct MatrixKernels {
+  int64_t rows, lanes;  // panels have lanes or 2 lanes columns
+  // tiles [groups][rows][width] += sum_k a[group][k][rows] b[k][width]: k walks the runs of b, and a from its start.
+  void (*multiply)(const T* a, int64_t group_stride, int64_t groups, const T* b, int64_t width, int64_t step,
+                   const Run* runs, int64_t n_runs, double* tiles);
+  double (*sum_squares)(const double* values, int64_t n);
+  GramSums (*shifted_product)(const ShiftedProduct<T>& args);
+};
+
+// packed[k * pitch + i] = source[k * stride_k + i * stride_i], 0 for count <= i < width, in the compute type. With
+// pitch == width, up to kPackSlack elements after the last may be overwritten.
+using PackFn = void (*)(const void* source, int64_t stride_k, int64_t stride_i, int64_t steps, int64_t count,
+                        int64_t width, int64_t pitch, void* packed);
+inline constexpr int64_t kPackSlack = 16;
+
+// |sum_t g_t xhat_t|^2 + |sum_t g_t|^2 of one sample, xhat = (values - mean) * rstd. Lanes run along the columns of
+// [rows, columns], whose stride is 1 in values and grads; sums along_rows add the rows, else the columns.
+struct AffineArgs {
+  const void* values;  // null: no weight
+  const void* grads;
+  const void* mean;  // of the compute type, or null
+  const void* rstd;
+  bool sum_rows, bias;
+  int64_t rows, columns;
+  int64_t values_row, grads_row, mean_row, mean_column, rstd_row, rstd_column;  // strides
+  double* sums;                                                                 // [2 columns], only for sum_rows
+};
+using AffineFn = double (*)(const AffineArgs& args);
+
+// |sum over the listed rows|^2 of rows [., columns] at `stride`.
+using SegmentFn = double (*)(const void* rows, int64_t stride, const int64_t* listed, int64_t count, int64_t columns);
+
 // One of these per instruction set; arrays are indexed by the Dtype of the kernel's floating point input.
 struct KernelTable {
   const char* name;
@@ -110,6 +167,11 @@ struct KernelTable {
   const BatchKernels* batch;
   const SelectKernels<uint32_t>* select32;  // all but float64
   const SelectKernels<uint64_t>* select64;  // float64
+  const MatrixKernels<float>* matrix32;     // all but float64
+  const MatrixKernels<double>* matrix64;    // float64
+  const PackFn* pack;
+  const AffineFn* affine;
+  const SegmentFn* segment;
 };
 
 #define ADASELECT_DECLARE_KERNELS(isa)                       \
@@ -118,6 +180,11 @@ struct KernelTable {
   extern const BatchKernels batch_by_dtype[4];               \
   extern const SelectKernels<uint32_t> select32_by_dtype[3]; \
   extern const SelectKernels<uint64_t> select64_kernels;     \
+  extern const MatrixKernels<float> matrix32_kernels;        \
+  extern const MatrixKernels<double> matrix64_kernels;       \
+  extern const PackFn pack_by_dtype[4];                      \
+  extern const AffineFn affine_by_dtype[4];                  \
+  extern const SegmentFn segment_by_dtype[4];                \
   }
 #if defined(__x86_64__)
 ADASELECT_DECLARE_KERNELS(avx512)

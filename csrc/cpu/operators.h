@@ -57,4 +57,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
     at::ArrayRef<int64_t> methods, int64_t k, std::string_view unit, std::string_view order, int64_t ignore_index,
     double label_smoothing, int64_t seed, at::ArrayRef<double> options);
 
+// Per-sample squared norms [N] of gradients, see adaselect_kernels/ops.py.
+at::Tensor linear_grad_sq_norms(const at::Tensor& activations, const at::Tensor& grads, bool weight, bool bias,
+                                std::string_view form);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_grads_and_sq_norms(const at::Tensor& activations,
+                                                                         const at::Tensor& grads, bool bias);
+at::Tensor conv_grad_sq_norms(const at::Tensor& input, const at::Tensor& grads, at::IntArrayRef kernel_size,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                              bool weight, bool bias, std::string_view form);
+at::Tensor embedding_grad_sq_norms(const at::Tensor& ids, const at::Tensor& grads, int64_t padding_idx);
+at::Tensor affine_grad_sq_norms(const at::Tensor& values, const at::Tensor& grads,
+                                const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& rstd,
+                                bool weight, bool bias);
+
+// The form "auto" takes, "direct" or "gram"; takes the arguments of the operators.
+std::string linear_grad_form(const at::Tensor& activations, const at::Tensor& grads);
+std::string conv_grad_form(const at::Tensor& input, const at::Tensor& grads, at::IntArrayRef kernel_size,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
 }  // namespace adaselect

@@ -9,4 +9,9 @@ TORCH_LIBRARY_IMPL(adaselect, CPU, m) {
   m.impl("select_topk", adaselect::select_topk);
   m.impl("select_from_losses", adaselect::select_from_losses);
   m.impl("fused_select", adaselect::fused_select);
+  m.impl("linear_grad_sq_norms", adaselect::linear_grad_sq_norms);
+  m.impl("linear_grads_and_sq_norms", adaselect::linear_grads_and_sq_norms);
+  m.impl("conv_grad_sq_norms", adaselect::conv_grad_sq_norms);
+  m.impl("embedding_grad_sq_norms", adaselect::embedding_grad_sq_norms);
+  m.impl("affine_grad_sq_norms", adaselect::affine_grad_sq_norms);
 }

@@ -1,0 +1,543 @@
+// Squared norms of the weight gradients of convolutions and linear layers, sample by sample.
+//
+// direct: the gradient of every kernel offset, G^T X shifted by the offset, tile by tile; only the squares are kept.
+// gram:   sum_{t, s} <g_t, g_s> sum_offsets <x_{t + offset}, x_{s + offset}>, the Gram matrices of the raw input and of
+// the
+//         gradients in stripes of rows; t <= s, off the diagonal twice. A stride splits the input into phases, each of
+//         which serves the offsets that land on it.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "grad_norms.h"
+
+namespace adaselect {
+namespace {
+
+constexpr int64_t kStripe = 1 << 18;  // elements of a stripe of a Gram matrix
+constexpr int64_t kChunk = 1 << 19;   // elements of packed samples
+// Rounding makes an error of about eps times the diagonal part of a Gram sum. Where the total is smaller than this
+// share of it, the gradients of the positions cancel, and the direct form is exact where the Gram sum no longer is.
+constexpr double kCancelled = 1.0 / 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+// Columns of a matrix in panels of 2 lanes; the last has one where that is enough.
+struct Panels {
+  int64_t columns, lanes;
+  int64_t count() const { return ceil_div(columns, 2 * lanes); }
+  int64_t first(int64_t panel) const { return panel * 2 * lanes; }
+  int64_t width(int64_t panel) const { return columns - first(panel) <= lanes ? lanes : 2 * lanes; }
+  int64_t used(int64_t panel) const { return std::min(columns - first(panel), width(panel)); }
+  int64_t padded() const { return round_up(columns, lanes); }
+};
+
+// Splits 0 .. length into runs of at most kSumBlock.
+void append_runs(std::vector<Run>& runs, int64_t first, int64_t step, int64_t length) {
+  for (int64_t done = 0; done < length; done += kSumBlock) {
+    runs.push_back({first + done * step, std::min(kSumBlock, length - done)});
+  }
+}
+
+// ---- direct
+
+struct DirectPlan {
+  Extent extent;                // of the padded input that the outputs see
+  std::vector<Run> runs;        // its points at offset 0, in the order of the outputs
+  std::vector<int64_t> blocks;  // ranges of runs with at most kSumBlock points
+  std::vector<int64_t> offsets;
+
+  explicit DirectPlan(const Layer& l) {
+    for (int i = 0; i < 3; ++i) extent[i] = (l.out[i] - 1) * l.stride[i] + (l.kernel[i] - 1) * l.dilation[i] + 1;
+    for (int64_t z = 0; z < l.out[0]; ++z) {
+      for (int64_t y = 0; y < l.out[1]; ++y) {
+        append_runs(runs, (z * l.stride[0] * extent[1] + y * l.stride[1]) * extent[2], l.stride[2], l.out[2]);
+      }
+    }
+    int64_t sum = kSumBlock;
+    for (size_t i = 0; i < runs.size(); ++i) {
+      if (sum + runs[i].length > kSumBlock) {
+        blocks.push_back(static_cast<int64_t>(i));
+        sum = 0;
+      }
+      sum += runs[i].length;
+    }
+    blocks.push_back(static_cast<int64_t>(runs.size()));
+    for (int64_t z = 0; z < l.kernel[0]; ++z) {
+      for (int64_t y = 0; y < l.kernel[1]; ++y) {
+        for (int64_t x = 0; x < l.kernel[2]; ++x) {
+          offsets.push_back((z * l.dilation[0] * extent[1] + y * l.dilation[1]) * extent[2] + x * l.dilation[2]);
+        }
+      }
+    }
+  }
+};
+
+// Columns [first, first + count) of the padded input, [points of extent][width].
+template <class T>
+void pack_input(const Layer& l, const Extent& extent, const char* input, int64_t first, int64_t count, int64_t width,
+                T* panel) {
+  const PackFn pack = kernels().pack[static_cast<int>(l.dtype)];
+  const int64_t bytes = element_bytes(l.dtype);
+  const int64_t left = std::min(l.padding[2], extent[2]);
+  const int64_t inside = std::min(extent[2] - left, l.in[2]);
+  for (int64_t line = 0; line < extent[0] * extent[1]; ++line, panel += extent[2] * width) {
+    const int64_t z = line / extent[1] - l.padding[0], y = line % extent[1] - l.padding[1];
+    if (z < 0 || z >= l.in[0] || y < 0 || y >= l.in[1]) {
+      std::fill_n(panel, extent[2] * width, T(0));
+      continue;
+    }
+    std::fill_n(panel, left * width, T(0));
+    const char* source = input + (first * l.input_channel + z * l.input_space[0] + y * l.input_space[1]) * bytes;
+    pack(source, l.input_space[2], l.input_channel, inside, count, width, width, panel + left * width);
+    std::fill_n(panel + (left + inside) * width, (extent[2] - left - inside) * width, T(0));
+  }
+}
+
+// The gradients of one group, [row groups][positions][rows].
+template <class T>
+void pack_grads(const Layer& l, const char* grads, T* packed) {
+  const PackFn pack = kernels().pack[static_cast<int>(l.dtype)];
+  const int64_t rows = matrix_kernels<T>().rows, positions = points(l.out);
+  for (int64_t first = 0; first < l.features; first += rows, packed += positions * rows) {
+    pack(grads + first * l.grads_channel * element_bytes(l.dtype), l.grads_position, l.grads_channel, positions,
+         std::min(rows, l.features - first), rows, rows, packed);
+  }
+}
+
+template <class T>
+struct DirectScratch {
+  T *grads, *panel;
+  double* tiles;
+
+  static int64_t grads_bytes(const Layer& l) {
+    return (round_up(l.features, matrix_kernels<T>().rows) * points(l.out) + kPackSlack) * sizeof(T);
+  }
+  static int64_t panel_bytes(const DirectPlan& plan) {
+    return (points(plan.extent) * 2 * matrix_kernels<T>().lanes + kPackSlack) * sizeof(T);
+  }
+  static int64_t tiles_bytes() { return kGroupBlock * matrix_kernels<T>().rows * 2 * matrix_kernels<T>().lanes * 8; }
+  static int64_t bytes(const Layer& l, const DirectPlan& plan) {
+    return Scratch::aligned(grads_bytes(l)) + Scratch::aligned(panel_bytes(plan)) + Scratch::aligned(tiles_bytes());
+  }
+  DirectScratch(Scratch& scratch, const Layer& l, const DirectPlan& plan)
+      : grads(scratch.take<T>(grads_bytes(l))),
+        panel(scratch.take<T>(panel_bytes(plan))),
+        tiles(scratch.take<double>(tiles_bytes())) {}
+};
+
+template <class T>
+double direct(const Layer& l, const DirectPlan& plan, const char* input, const char* grads, DirectScratch<T>& scratch) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  const int64_t positions = points(l.out), row_groups = ceil_div(l.features, matrix.rows);
+  pack_grads(l, grads, scratch.grads);
+  const Panels panels{l.channels, matrix.lanes};
+  double total = 0;
+  for (int64_t j = 0; j < panels.count(); ++j) {
+    const int64_t width = panels.width(j);
+    pack_input(l, plan.extent, input, panels.first(j), panels.used(j), width, scratch.panel);
+    for (int64_t group = 0; group < row_groups; group += kGroupBlock) {
+      const int64_t groups = std::min(kGroupBlock, row_groups - group), tiles = groups * matrix.rows * width;
+      for (int64_t offset : plan.offsets) {
+        std::fill_n(scratch.tiles, tiles, 0.0);
+        const T* row = scratch.grads + group * positions * matrix.rows;
+        for (size_t block = 0; block + 1 < plan.blocks.size(); ++block) {
+          const Run *begin = &plan.runs[plan.blocks[block]], *end = plan.runs.data() + plan.blocks[block + 1];
+          matrix.multiply(row, positions * matrix.rows, groups, scratch.panel + offset * width, width, l.stride[2],
+                          begin, end - begin, scratch.tiles);
+          for (const Run* run = begin; run != end; ++run) row += run->length * matrix.rows;
+        }
+        total += matrix.sum_squares(scratch.tiles, tiles);
+      }
+    }
+  }
+  return total;
+}
+
+// ---- gram
+
+struct Phase {
+  Extent start, grid;
+  std::vector<Extent> shifts;                        // grid point of output 0 under each offset
+  std::vector<std::pair<int64_t, int64_t>> stripes;  // rows of the grid's Gram matrix that each stripe of outputs needs
+};
+
+struct GramPlan {
+  std::vector<Phase> phases;
+  int64_t stripe;                                               // outputs of a stripe
+  int64_t input_rows = 0, input_elements = 0, grid_points = 0;  // the largest of any stripe and phase
+
+  explicit GramPlan(const Layer& l) {
+    const int64_t positions = points(l.out);
+    stripe = std::min(positions, std::max<int64_t>(48, kStripe / positions));
+    for (int64_t z = 0; z < l.kernel[0]; ++z) {
+      for (int64_t y = 0; y < l.kernel[1]; ++y) {
+        for (int64_t x = 0; x < l.kernel[2]; ++x) add_offset(l, {z, y, x});
+      }
+    }
+    for (Phase& phase : phases) {
+      grid_points = std::max(grid_points, points(phase.grid));
+      for (int64_t begin = 0; begin < positions; begin += stripe) {
+        phase.stripes.push_back(needed_rows(l, phase, begin, std::min(positions, begin + stripe)));
+        const int64_t rows = phase.stripes.back().second - phase.stripes.back().first;
+        input_rows = std::max(input_rows, rows);
+        input_elements = std::max(input_elements, rows * points(phase.grid));
+      }
+    }
+  }
+
+ private:
+  void add_offset(const Layer& l, const Extent& offset) {
+    Extent start, grid, shift;
+    for (int i = 0; i < 3; ++i) {
+      const int64_t at = offset[i] * l.dilation[i] - l.padding[i];
+      shift[i] = floor_div(at, l.stride[i]);
+      start[i] = at - shift[i] * l.stride[i];
+      grid[i] = std::max<int64_t>(0, ceil_div(l.in[i] - start[i], l.stride[i]));
+    }
+    if (points(grid) == 0) return;
+    auto phase = std::find_if(phases.begin(), phases.end(), [&](const Phase& p) { return p.start == start; });
+    if (phase == phases.end()) phase = phases.insert(phases.end(), {start, grid, {}, {}});
+    phase->shifts.push_back(shift);
+  }
+  static std::pair<int64_t, int64_t> needed_rows(const Layer& l, const Phase& phase, int64_t begin, int64_t end) {
+    if (end - begin == points(l.out)) return {0, points(phase.grid)};
+    int64_t first = points(phase.grid), last = -1;
+    for (const Extent& shift : phase.shifts) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t z = t / (l.out[1] * l.out[2]) + shift[0], y = t / l.out[2] % l.out[1] + shift[1],
+                      x = t % l.out[2] + shift[2];
+        if (z < 0 || z >= phase.grid[0] || y < 0 || y >= phase.grid[1] || x < 0 || x >= phase.grid[2]) continue;
+        const int64_t row = (z * phase.grid[1] + y) * phase.grid[2] + x;
+        first = std::min(first, row);
+        last = std::max(last, row);
+      }
+    }
+    return {std::min(first, last + 1), last + 1};
+  }
+};
+
+template <class T>
+struct GramScratch {
+  T *dense, *rows, *columns, *gram_input, *gram_grads, *grad_columns;
+  double* tiles;
+
+  GramScratch(Scratch& scratch, const Layer& l, const GramPlan& plan)
+      : dense(scratch.take<T>(sizes(l, plan)[0])),
+        rows(scratch.take<T>(sizes(l, plan)[1])),
+        columns(scratch.take<T>(sizes(l, plan)[2])),
+        gram_input(scratch.take<T>(sizes(l, plan)[3])),
+        gram_grads(scratch.take<T>(sizes(l, plan)[4])),
+        grad_columns(scratch.take<T>(sizes(l, plan)[5])),
+        tiles(scratch.take<double>(DirectScratch<T>::tiles_bytes())) {}
+  static std::array<int64_t, 6> sizes(const Layer& l, const GramPlan& plan) {
+    const MatrixKernels<T>& matrix = matrix_kernels<T>();
+    const int64_t positions = points(l.out);
+    const int64_t rows =
+        std::max(round_up(plan.stripe, matrix.rows) * l.features, round_up(plan.input_rows, matrix.rows) * l.channels);
+    std::array<int64_t, 6> elements = {plan.grid_points * l.channels,
+                                       rows,
+                                       round_up(plan.grid_points, matrix.lanes) * l.channels,
+                                       plan.input_elements,
+                                       plan.stripe * positions,
+                                       round_up(positions, matrix.lanes) * l.features};
+    for (int64_t& n : elements) n = (n + kPackSlack) * static_cast<int64_t>(sizeof(T));
+    return elements;
+  }
+  static int64_t bytes(const Layer& l, const GramPlan& plan) {
+    int64_t total = Scratch::aligned(DirectScratch<T>::tiles_bytes());
+    for (int64_t size : sizes(l, plan)) total += Scratch::aligned(size);
+    return total;
+  }
+};
+
+// Vectors [k] at points, element (k, point) at k * stride_k + point * stride_point.
+struct Points {
+  const char* data;
+  Dtype dtype;
+  int64_t stride_k, stride_point, k, count;
+};
+
+template <class T>
+void pack_columns(const Points& p, T* columns) {
+  const Panels panels{p.count, matrix_kernels<T>().lanes};
+  for (int64_t j = 0; j < panels.count(); ++j) {
+    kernels().pack[static_cast<int>(p.dtype)](p.data + panels.first(j) * p.stride_point * element_bytes(p.dtype),
+                                              p.stride_k, p.stride_point, p.k, panels.used(j), panels.width(j),
+                                              panels.width(j), columns + panels.first(j) * p.k);
+  }
+}
+
+// gram[r - begin][c] = <point r, point c> for begin <= r < end and c >= r (and some c < r).
+template <class T>
+void gram_stripe(const Points& p, int64_t begin, int64_t end, const T* columns, T* rows, double* tiles, T* gram) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  const Panels panels{p.count, matrix.lanes};
+  for (int64_t first = begin; first < end; first += matrix.rows) {
+    kernels().pack[static_cast<int>(p.dtype)](p.data + first * p.stride_point * element_bytes(p.dtype), p.stride_k,
+                                              p.stride_point, p.k, std::min(matrix.rows, end - first), matrix.rows,
+                                              matrix.rows, rows + (first - begin) * p.k);
+  }
+  for (int64_t group = begin; group < end; group += kGroupBlock * matrix.rows) {
+    for (int64_t j = group / (2 * matrix.lanes); j < panels.count(); ++j) {
+      const int64_t width = panels.width(j), left = panels.first(j), used = panels.used(j);
+      const int64_t last = std::min({end, left + used, group + kGroupBlock * matrix.rows});  // rows below it see c < r
+      const int64_t groups = ceil_div(last - group, matrix.rows);
+      if (groups <= 0) continue;
+      std::fill_n(tiles, groups * matrix.rows * width, 0.0);
+      for (int64_t k = 0; k < p.k; k += kSumBlock) {
+        const Run run{k, std::min(kSumBlock, p.k - k)};
+        matrix.multiply(rows + (group - begin) * p.k + k * matrix.rows, p.k * matrix.rows, groups, columns + left * p.k,
+                        width, 1, &run, 1, tiles);
+      }
+      for (int64_t r = group; r < last; ++r) {
+        const double* tile = tiles + (r - group) * width;
+        T* to = gram + (r - begin) * p.count + left;
+        for (int64_t c = 0; c < used; ++c) to[c] = static_cast<T>(tile[c]);
+      }
+    }
+  }
+}
+
+// The grid of a phase as [channels][points].
+template <class T>
+Points gather_phase(const Layer& l, const Phase& phase, const char* input, T* dense) {
+  const int64_t bytes = element_bytes(l.dtype), count = points(phase.grid);
+  Extent step;
+  for (int i = 0; i < 3; ++i) {
+    input += phase.start[i] * l.input_space[i] * bytes;
+    step[i] = l.stride[i] * l.input_space[i];
+  }
+  const Extent& n = phase.grid;
+  const bool lines = n[1] == 1 || step[1] == step[2] * n[2], planes = n[0] == 1 || step[0] == step[2] * n[2] * n[1];
+  if (lines && planes) return {input, l.dtype, l.input_channel, step[2], l.channels, count};
+  for (int64_t line = 0; line < n[0] * n[1]; ++line) {
+    kernels().pack[static_cast<int>(l.dtype)](input + (line / n[1] * step[0] + line % n[1] * step[1]) * bytes,
+                                              l.input_channel, step[2], l.channels, n[2], n[2], count,
+                                              dense + line * n[2]);
+  }
+  return {reinterpret_cast<const char*>(dense), kComputeDtype<T>, count, 1, l.channels, count};
+}
+
+template <class T>
+GramSums gram(const Layer& l, const GramPlan& plan, const char* input, const char* grads, GramScratch<T>& scratch) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  const int64_t positions = points(l.out);
+  const Points g{grads, l.dtype, l.grads_channel, l.grads_position, l.features, positions};
+  pack_columns(g, scratch.grad_columns);
+  GramSums sums{};
+  for (int64_t begin = 0, stripe = 0; begin < positions; begin += plan.stripe, ++stripe) {
+    const int64_t end = std::min(positions, begin + plan.stripe);
+    gram_stripe(g, begin, end, scratch.grad_columns, scratch.rows, scratch.tiles, scratch.gram_grads);
+    for (const Phase& phase : plan.phases) {
+      const auto [first_row, last_row] = phase.stripes[stripe];
+      const Points x = gather_phase(l, phase, input, scratch.dense);
+      pack_columns(x, scratch.columns);
+      gram_stripe(x, first_row, last_row, scratch.columns, scratch.rows, scratch.tiles, scratch.gram_input);
+      ShiftedProduct<T> product{scratch.gram_grads, scratch.gram_input, first_row, begin, end, {}, {}, {}};
+      std::copy_n(l.out.begin(), 3, product.out);
+      std::copy_n(phase.grid.begin(), 3, product.grid);
+      for (const Extent& shift : phase.shifts) {
+        std::copy_n(shift.begin(), 3, product.shift);
+        const GramSums part = matrix.shifted_product(product);
+        sums.total += part.total;
+        sums.diagonal += part.diagonal;
+      }
+    }
+  }
+  return sums;
+}
+
+// ---- choice by arithmetic
+
+// Multiply-adds of the tiles, with what rounding up to tiles wastes.
+template <class T>
+double direct_cost(const Layer& l) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  return double(points(l.out)) * points(l.kernel) * round_up(l.features, matrix.rows) *
+         round_up(l.channels, matrix.lanes);
+}
+
+template <class T>
+double gram_cost(const Layer& l, const GramPlan& plan) {
+  const int64_t tile = 2 * matrix_kernels<T>().lanes;
+  const auto stripe_cost = [&](int64_t begin, int64_t end, int64_t count) {  // entries computed
+    return double(end - begin) * (count - begin - (end - begin) / 2.0 + tile);
+  };
+  const int64_t positions = points(l.out);
+  double cost = 0;
+  for (int64_t begin = 0, stripe = 0; begin < positions; begin += plan.stripe, ++stripe) {
+    const int64_t end = std::min(positions, begin + plan.stripe);
+    const double entries = stripe_cost(begin, end, positions);
+    cost += entries * l.features;
+    for (const Phase& phase : plan.phases) {
+      cost += stripe_cost(phase.stripes[stripe].first, phase.stripes[stripe].second, points(phase.grid)) * l.channels;
+      cost += entries * phase.shifts.size();
+    }
+  }
+  return cost;
+}
+
+bool single_position(const Layer& l) { return points(l.out) == 1 && points(l.kernel) == 1 && points(l.in) == 1; }
+
+template <class T>
+Form cheaper(const Layer& l) {
+  const int64_t positions = points(l.out);
+  if (single_position(l) || positions == 0) return Form::kDirect;
+  // T^2 p / 2 for the Gram matrix of the gradients alone.
+  const double direct = direct_cost<T>(l);
+  if (0.5 * positions * positions * l.features > direct) return Form::kDirect;
+  return gram_cost<T>(l, GramPlan(l)) < direct ? Form::kGram : Form::kDirect;
+}
+
+template <class T>
+void add_sq_norms(const Layer& l, Form form, double* totals) {
+  const int64_t bytes = element_bytes(l.dtype);
+  const auto input_of = [&](int64_t i) { return l.input + i * l.input_sample * bytes; };
+  const auto grads_of = [&](int64_t i) { return l.grads + i * l.grads_sample * bytes; };
+  if (single_position(l) && l.groups == 1 && l.input_channel == 1 && l.grads_channel == 1) {
+    // |g a^T|^2 = |g|^2 |a|^2
+    const SegmentFn square = kernels().segment[static_cast<int>(l.dtype)];
+    const int64_t row = 0;
+    at::parallel_for(0, l.samples, sample_grain(l.channels + l.features), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        totals[i] += square(input_of(i), 0, &row, 1, l.channels) * square(grads_of(i), 0, &row, 1, l.features);
+      }
+    });
+    return;
+  }
+  const DirectPlan direct_plan(l);
+  const std::optional<GramPlan> gram_plan = form == Form::kGram ? std::optional<GramPlan>(l) : std::nullopt;
+  const int64_t scratch_bytes =
+      DirectScratch<T>::bytes(l, direct_plan) + (gram_plan ? GramScratch<T>::bytes(l, *gram_plan) : 0);
+  const double operations = l.groups * (gram_plan ? gram_cost<T>(l, *gram_plan) : direct_cost<T>(l));
+  at::parallel_for(0, l.samples, sample_grain(static_cast<int64_t>(operations)), [&](int64_t begin, int64_t end) {
+    Scratch memory(scratch_bytes);
+    DirectScratch<T> direct_scratch(memory, l, direct_plan);
+    std::optional<GramScratch<T>> gram_scratch;
+    if (gram_plan) gram_scratch.emplace(memory, l, *gram_plan);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t group = 0; group < l.groups; ++group) {
+        const char* input = input_of(i) + group * l.channels * l.input_channel * bytes;
+        const char* grads = grads_of(i) + group * l.features * l.grads_channel * bytes;
+        if (gram_plan) {
+          const GramSums sums = gram<T>(l, *gram_plan, input, grads, *gram_scratch);
+          if (!(sums.total < kCancelled * sums.diagonal)) {
+            totals[i] += sums.total;
+            continue;
+          }
+        }
+        totals[i] += direct<T>(l, direct_plan, input, grads, direct_scratch);
+      }
+    }
+  });
+}
+
+// ---- with the gradient of the batch
+
+template <class T>
+void pack_sample(const Layer& l, int64_t sample, int64_t inputs, T* packed_grads, T* packed_input) {
+  const int64_t bytes = element_bytes(l.dtype), positions = l.out[2];
+  pack_grads(l, l.grads + sample * l.grads_sample * bytes, packed_grads);
+  const Panels panels{inputs, matrix_kernels<T>().lanes};
+  for (int64_t j = 0; j < panels.count(); ++j, packed_input += positions * 2 * panels.lanes) {
+    const int64_t first = panels.first(j), width = panels.width(j), used = std::min(panels.used(j), l.channels - first);
+    pack_input(l, l.out, l.input + sample * l.input_sample * bytes, first, used, width, packed_input);
+    if (used < panels.used(j)) {
+      for (int64_t t = 0; t < positions; ++t) packed_input[t * width + used] = T(1);
+    }
+  }
+}
+
+// A bias is the weight of one more input, which is always 1. Samples are packed a chunk at a time; a thread owns a
+// block of the gradient and adds the samples to it in order, so that any number of threads gives the same bits.
+template <class T>
+void add_grads_and_sq_norms(const Layer& l, T* weight_grad, T* bias_grad, double* totals) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  const int64_t positions = l.out[2], inputs = l.channels + (bias_grad != nullptr ? 1 : 0);
+  const Panels panels{inputs, matrix.lanes};
+  const int64_t row_groups = ceil_div(l.features, matrix.rows), row_blocks = ceil_div(row_groups, kGroupBlock);
+  const int64_t units = panels.count() * row_blocks;
+  const int64_t grads_size = row_groups * matrix.rows * positions + kPackSlack;
+  const int64_t input_size = panels.padded() * positions + kPackSlack;
+  const int64_t chunk = std::clamp<int64_t>(kChunk / std::max<int64_t>(1, grads_size + input_size), 1, l.samples);
+  const int64_t bytes[] = {chunk * grads_size * static_cast<int64_t>(sizeof(T)),
+                           chunk * input_size * static_cast<int64_t>(sizeof(T)), chunk * units * 8};
+  Scratch scratch(Scratch::aligned(bytes[0]) + Scratch::aligned(bytes[1]) + Scratch::aligned(bytes[2]));
+  T *packed_grads = scratch.take<T>(bytes[0]), *packed_input = scratch.take<T>(bytes[1]);
+  double* squares = scratch.take<double>(bytes[2]);
+  std::vector<Run> runs;
+  append_runs(runs, 0, 1, positions);
+  for (int64_t first = 0; first < l.samples; first += chunk) {
+    const int64_t count = std::min(chunk, l.samples - first);
+    at::parallel_for(0, count, sample_grain(grads_size + input_size), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        pack_sample(l, first + i, inputs, packed_grads + i * grads_size, packed_input + i * input_size);
+      }
+    });
+    at::parallel_for(0, units, sample_grain(count * grads_size * panels.lanes), [&](int64_t begin, int64_t end) {
+      const int64_t block_size = kGroupBlock * matrix.rows * 2 * panels.lanes;
+      Scratch mine(2 * block_size * 8);
+      double *tiles = mine.take<double>(block_size * 8), *sums = mine.take<double>(block_size * 8);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t j = unit / row_blocks, group = unit % row_blocks * kGroupBlock, width = panels.width(j);
+        const int64_t groups = std::min(kGroupBlock, row_groups - group), size = groups * matrix.rows * width;
+        std::fill_n(sums, size, 0.0);
+        for (int64_t i = 0; i < count; ++i) {
+          const T* row = packed_grads + i * grads_size + group * positions * matrix.rows;
+          const T* column = packed_input + i * input_size + panels.first(j) * positions;
+          std::fill_n(tiles, size, 0.0);
+          for (const Run& run : runs) {
+            matrix.multiply(row + run.first * matrix.rows, positions * matrix.rows, groups, column, width, 1, &run, 1,
+                            tiles);
+          }
+          squares[unit * count + i] = matrix.sum_squares(tiles, size);
+          for (int64_t e = 0; e < size; ++e) sums[e] += tiles[e];
+        }
+        const int64_t last = std::min(l.features, (group + groups) * matrix.rows);
+        for (int64_t r = group * matrix.rows; r < last; ++r) {
+          const double* tile = sums + (r - group * matrix.rows) * width;
+          for (int64_t c = 0; c < panels.used(j); ++c) {
+            const int64_t column = panels.first(j) + c;
+            T& total = column < l.channels ? weight_grad[r * l.channels + column] : bias_grad[r];
+            total = static_cast<T>(total + tile[c]);
+          }
+        }
+      }
+    });
+    for (int64_t unit = 0; unit < units; ++unit) {
+      for (int64_t i = 0; i < count; ++i) totals[first + i] += squares[unit * count + i];
+    }
+  }
+}
+
+}  // namespace
+
+Form parse_form(std::string_view form) {
+  TORCH_CHECK_VALUE(form == "direct" || form == "gram" || form == "auto",
+                    "form must be one of 'direct', 'gram', 'auto'; got '", form, "'");
+  return form == "direct" ? Form::kDirect : form == "gram" ? Form::kGram : Form::kAuto;
+}
+
+Form choose_form(const Layer& layer, Form form) {
+  if (form != Form::kAuto) return form;
+  with_compute_type(layer.dtype, [&](auto zero) { form = cheaper<decltype(zero)>(layer); });
+  return form;
+}
+
+void add_weight_sq_norms(const Layer& layer, Form form, double* totals) {
+  if (layer.samples == 0 || points(layer.out) == 0 || layer.channels == 0 || layer.features == 0) return;
+  form = choose_form(layer, form);
+  with_compute_type(layer.dtype, [&](auto zero) { add_sq_norms<decltype(zero)>(layer, form, totals); });
+}
+
+void add_weight_grad_and_sq_norms(const Layer& layer, void* weight_grad, void* bias_grad, double* totals) {
+  if (layer.samples == 0 || points(layer.out) == 0 || layer.features == 0) return;
+  with_compute_type(layer.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    add_grads_and_sq_norms<T>(layer, static_cast<T*>(weight_grad), static_cast<T*>(bias_grad), totals);
+  });
+}
+
+}  // namespace adaselect
