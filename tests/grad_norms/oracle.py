@@ -1,0 +1,105 @@
+"""What a per-sample gradient norm is, computed the slow way: one backward a sample, in float64, without the library."""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from tests.grad_norms.problem import ROUNDING_TOLERANCE, Case, Problem
+
+SMALL = 1e-3  # of a sample's total: a layer's norm below it is held to an absolute error
+
+
+class Norms(NamedTuple):
+    total: Tensor  # [N]
+    by_layer: dict[str, Tensor]  # module name -> [N], of modules that own a counted parameter
+    sums: dict[str, Tensor]  # parameter name -> sum over the samples of their gradients
+
+
+def one_backward_a_sample(problem: Problem, dtype: torch.dtype = torch.float64) -> Norms:
+    """Norms and their layers in `dtype`, of a copy of the problem's model and inputs.
+
+    A parameter belongs to the first module that holds it, in the order of named_modules().
+    """
+
+    def cast(leaf):
+        return leaf.detach().to(dtype) if leaf.is_floating_point() else leaf
+
+    model = copy.deepcopy(problem.oracle_model or problem.model).to(dtype)
+    inputs, shared = tree_map(cast, problem.inputs), tree_map(cast, problem.shared)
+    parameters = {
+        name: p for name, p in model.named_parameters() if p.requires_grad and problem.counted(name) and p.numel()
+    }
+    squares = {name: torch.zeros(problem.n, dtype=dtype) for name in parameters}
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    losses = None if problem.losses is None else problem.losses(model, inputs, shared)
+    for i in range(problem.n):
+        loss = problem.loss(model, problem.sample(inputs, i), shared) if losses is None else losses[i]
+        if not loss.requires_grad:
+            continue
+        model.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=losses is not None)
+        for name, p in parameters.items():
+            if p.grad is not None:
+                gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                squares[name][i] = gradient.square().sum()
+                sums[name] += gradient
+    layers: dict[str, Tensor] = {}
+    for name, square in squares.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers.get(layer, 0) + square
+    total = sum(squares.values(), torch.zeros(problem.n, dtype=dtype))
+    return Norms(total.sqrt(), {name: square.sqrt() for name, square in layers.items()}, sums)
+
+
+def relative_errors(found: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
+    """|found - expected| / scale; absolute where a sample's gradient is zero."""
+    return (found.double() - expected).abs() / torch.where(scale > 0, scale, 1.0)
+
+
+def worst_errors(total: Tensor, by_layer: dict[str, Tensor], expected: Norms) -> dict[str, float]:
+    """Largest relative error over the samples: of the total under "total", else under the module's name.
+
+    A module whose norm is a thousandth of the sample's total or less is measured against that.
+    """
+    found = {"total": relative_errors(total, expected.total, expected.total)}
+    for name, norms in expected.by_layer.items():
+        got = by_layer.get(name, torch.zeros_like(norms))
+        found[f"layer {name!r}"] = relative_errors(got, norms, norms.clamp_min(SMALL * expected.total))
+    return {name: errors.max().item() if errors.numel() else 0.0 for name, errors in found.items()}
+
+
+def allowed_errors(problem: Problem, case: Case, dtype: torch.dtype, expected: Norms) -> dict[str, float]:
+    """The tolerance, plus twice what one backward a sample errs in float32, a model's own rounding.
+
+    In float64 that rounding is far below the tolerance.
+    """
+    if dtype == torch.float64:
+        return dict.fromkeys(("total", *(f"layer {name!r}" for name in expected.by_layer)), ROUNDING_TOLERANCE[dtype])
+    peer = one_backward_a_sample(problem, torch.float32)
+    own = worst_errors(peer.total, peer.by_layer, expected)
+    return {name: (case.tolerance or ROUNDING_TOLERANCE[dtype]) + 2 * error for name, error in own.items()}
+
+
+def check(total: Tensor, by_layer: dict[str, Tensor], problem: Problem, case: Case, dtype: torch.dtype) -> float:
+    """Hold norms to the oracle, element by element; returns the largest relative error of a total."""
+    expected = one_backward_a_sample(problem)
+    allowed = allowed_errors(problem, case, dtype, expected)
+    assert total.shape == (problem.n,), f"total has shape {tuple(total.shape)}, expected {(problem.n,)}"
+    strange = {name for name, norms in by_layer.items() if name not in expected.by_layer}
+    assert not strange, f"by_layer names {strange}; the modules with counted parameters are {list(expected.by_layer)}"
+    missing = {name for name, norms in expected.by_layer.items() if norms.any() and name not in by_layer}
+    assert not missing, f"by_layer has no {missing}"
+    for name, norms in by_layer.items():
+        assert norms.shape == (problem.n,), f"layer {name!r} has shape {tuple(norms.shape)}"
+        assert norms.isfinite().all(), f"layer {name!r} is not finite: {norms}"
+    assert total.isfinite().all(), f"total is not finite: {total}"
+    errors = worst_errors(total, by_layer, expected)
+    for name, error in errors.items():
+        assert error <= allowed[name], (
+            f"{name}: relative error {error:.3g}, allowed {allowed[name]:.3g}; found {total if name == 'total' else ''},"
+            f" expected {expected.total if name == 'total' else ''}"
+        )
+    return errors["total"]
