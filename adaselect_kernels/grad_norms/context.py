@@ -78,7 +78,8 @@ class PerSampleGradNorm:
     def __enter__(self) -> "PerSampleGradNorm":
         with contextlib.ExitStack() as stack:
             hook = self._model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-            stack.callback(hook.remove)
+            for handle in (hook, *self._recorder.watch()):
+                stack.callback(handle.remove)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._recorder)
             self._open = stack.pop_all()
@@ -163,8 +164,8 @@ def _leaves(model: nn.Module, parameters: Any) -> list[Leaf]:
 
 
 def _restrict(model: nn.Module, leaves: dict[int, Leaf], parameters: Any) -> None:
-    one = isinstance(parameters, (str, nn.Module, Tensor)) or not isinstance(parameters, Iterable)
-    items: list[Any] = [parameters] if one else list(parameters)
+    several = isinstance(parameters, Iterable) and not isinstance(parameters, (str, nn.Module, Tensor))
+    items: Iterable[Any] = parameters if several else [parameters]
     modules, named = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     for item in items:
         if isinstance(item, str) and item in named:

@@ -216,9 +216,11 @@ class DialReport:
         for axes, row in zip(panels[0], shown, strict=True):
             axes.scatter(exact, self.scores[row.method], s=6, alpha=0.5, color="#0b6e4f", linewidths=0)
             axes.set_title(
-                f"{row.method}\nrank correlation {row.rank_correlation:.2f}\n{1e3 * row.seconds:.0f} ms", fontsize=9
+                f"{row.method}\nrank correlation {row.rank_correlation:.3f}\n{1e3 * row.seconds:.0f} ms", fontsize=9
             )
             axes.set_xlabel("exact norm", fontsize=8)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
             axes.tick_params(labelsize=7)
         panels[0][0].set_ylabel("score", fontsize=8)
         figure.suptitle(title, fontsize=10)

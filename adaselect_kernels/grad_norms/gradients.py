@@ -25,6 +25,7 @@ class Leaf:
         self.entries: list[Entry] = []
         self.sq_norms: Tensor | None = None
         self.closed = False
+        self.fresh = False  # a use has fired since a gradient last arrived
 
     def close(self, sq_norms: Tensor) -> None:
         """All of its gradient has arrived; `sq_norms` [N] are known."""

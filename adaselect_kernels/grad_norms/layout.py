@@ -77,8 +77,13 @@ def through(
         return lambda out: None if at is None else _same_size(layout._replace(dim=at), out, layout, rows)
     if name in _LOOKUPS and not (is_subject and name == "__getitem__"):
         return lambda out: _same_size(layout, out, layout, rows)
-    if name in _ALONG_A_DIMENSION and _touches(name, args, kwargs, found):
-        return lambda out: None
+    if name in _ALONG_A_DIMENSION:
+        along = _along(name, args, kwargs)
+        if along is None or any(d % tensor.dim() == at.dim for tensor, at in found for d in along):
+            return lambda out: None
+        gone = sum(d % subject.dim() < layout.dim for d in along)
+        if is_subject and gone:  # those dimensions are gone, or stay with another size
+            return lambda out: _without(subject, layout, out, len(along), gone, rows)
     return lambda out: _prefix(found, out)
 
 
@@ -168,15 +173,20 @@ def _indexed(index: Any, dims: int, axis: int) -> int | None:
     return None
 
 
-def _touches(name: str, args: Sequence[Any], kwargs: dict[str, Any], found: Sequence[tuple[Tensor, Layout]]) -> bool:
-    """Whether the function works along the sample axis; without a dimension it works along all of them."""
+def _along(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int] | None:
+    """The dimensions that the function works along; None: all of them, or not known."""
     at = _POSITION_OF_DIM.get(name, 1)
     dim = kwargs.get("dim", kwargs.get("dims", args[at] if len(args) > at else _DEFAULT_DIM.get(name)))
-    if dim is None or isinstance(dim, Tensor):
-        # max(x, y) and min(x, y) are elementwise; split sizes and the like stand elsewhere
-        return not (name in ("max", "min") and isinstance(dim, Tensor))
-    wanted = [dim] if isinstance(dim, int) else list(dim)
-    return any(isinstance(d, int) and d % tensor.dim() == layout.dim for tensor, layout in found for d in wanted)
+    if isinstance(dim, int) and not isinstance(dim, bool):
+        return [dim]
+    if isinstance(dim, (tuple, list)) and all(isinstance(d, int) for d in dim):
+        return list(dim)
+    return [] if name in ("max", "min") and isinstance(dim, Tensor) else None  # max(x, y) is elementwise
+
+
+def _without(subject: Tensor, layout: Layout, out: Tensor, removed: int, in_front: int, rows: int) -> Layout | None:
+    moved = _shift(layout, -in_front) if out.dim() == subject.dim() - removed else layout
+    return _same_size(moved, out, layout, rows) if out.dim() in (subject.dim(), subject.dim() - removed) else None
 
 
 def _einsum(args: Sequence[Any], found: Sequence[tuple[Tensor, Layout]], out: Tensor, rows: int) -> Layout | None:

@@ -8,15 +8,16 @@ are refused, or differentiated one sample at a time. Before a backward pass the 
 reaches by a way not seen here is refused too, so no part of a gradient is ever left out.
 """
 
+import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaselect_kernels.grad_norms import layout, rules
@@ -115,6 +116,7 @@ class Recorder(TorchFunctionMode):
         self.labels: dict[str, None] = {}
         self.mean_counts: list[Tensor | int] = []
         self.finished = False  # a backward pass has ended: the norms are there
+        self._busy = False  # gradients that flow now are of our own asking
         self.reset()
 
     # ---- a batch
@@ -125,6 +127,8 @@ class Recorder(TorchFunctionMode):
         self._sample_nodes: dict[Any, Layout | None] = {}
         self._accounted: set[Any] = set()
         self._shared_nodes: dict[Any, frozenset[int]] = {}
+        self._segments: set[Any] = set()  # nodes of reentrant checkpoints
+        self._inputs: list[Tensor] = []  # kept, so that a recomputation finds the same objects
         self.finished = False
         self.mean_counts.clear()
         for key, leaf in self.leaves.items():
@@ -134,6 +138,7 @@ class Recorder(TorchFunctionMode):
     def forget_graph(self) -> None:
         """Keep the norms and drop what only a backward pass needs."""
         self._sample_nodes, self._accounted, self._shared_nodes = {}, set(), {}
+        self._segments, self._inputs = set(), []
         self._samples, self._shared = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def begin(self, inputs: Any, sample_ids: Tensor | None) -> None:
@@ -154,11 +159,31 @@ class Recorder(TorchFunctionMode):
                 f"all calls of the model before a backward must have as many rows: {self.rows.count}, {count}"
             )
         self.rows = self.rows or Rows(count, sample_ids)
+        self._inputs += found
         for tensor in found:
             if tensor.shape[self.sample_dim] == count and tensor not in self._samples:
                 self._samples[tensor] = Layout(self.sample_dim)
 
     # ---- functions
+
+    def on(self) -> contextlib.AbstractContextManager:
+        """Autograd runs its nodes, and a mode its own function, without the mode: see functions there too."""
+        active = any(mode is self for mode in _get_current_function_mode_stack())
+        return contextlib.nullcontext() if active else self
+
+    def _call(self, func, args, kwargs) -> Any:
+        """Run a function; what checkpointing recomputes for its saved tensors is then seen as well."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) if torch.is_grad_enabled() else None
+        if hooks is None:
+            return func(*args, **kwargs)
+        pack, unpack = hooks
+
+        def unpack_seen(packed: Any) -> Any:
+            with self.on():
+                return unpack(packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack_seen):
+            return func(*args, **kwargs)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -168,6 +193,9 @@ class Recorder(TorchFunctionMode):
         if func.__name__ == "__set__" or (func.__name__ == "__get__" and name not in _TENSOR_PROPERTIES):
             return func(*args, **kwargs)
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        for tensor in tensors:
+            if tensor.grad_fn in self._sample_nodes and tensor not in self._samples:
+                self._samples[tensor] = self._sample_nodes[tensor.grad_fn]  # another object for the same tensor
         shared = [t for t in tensors if t in self._shared] if torch.is_grad_enabled() else []
         if func is torch.nn.functional.batch_norm and self._is_training(args, kwargs):
             return self._batch_statistics(func, args, kwargs)
@@ -177,12 +205,15 @@ class Recorder(TorchFunctionMode):
         if shared:
             samples += [t for t in tensors if t not in self._samples and t not in self._shared and self._adopts(t)]
         if not samples and not shared:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         if not samples:
             return self._derive(func, name, args, kwargs, tensors, shared)
         known = [(tensor, self._samples[tensor]) for tensor in samples]
         if not shared:
-            out = func(*args, **kwargs)
+            if func is Tensor.__iter__:
+                with self.on():
+                    return iter(args[0].unbind(0))
+            out = self._call(func, args, kwargs)
             self._mark(out, name, args, kwargs, known, writes)
             return out
         return self._use(func, name, writes, args, kwargs, tensors, shared, known)
@@ -214,10 +245,7 @@ class Recorder(TorchFunctionMode):
         """A tensor that came from where torch functions are not seen: a sample tensor if its graph says so."""
         if tensor.grad_fn is None or self.rows is None:
             return False
-        found, reached = self._walk([tensor.grad_fn])
-        if reached:
-            leaf = self.leaves[reached[0][0]]
-            raise self._refusal(leaf, f"{reached[0][1]}, which is not a torch function that can be seen")
+        found, _ = self._walk([tensor.grad_fn])  # what it leads to is checked before the backward pass
         if not found:
             return False
         leading = tensor.shape[0] == self.rows.count and all(at == LEADING for at in found)
@@ -225,25 +253,29 @@ class Recorder(TorchFunctionMode):
         return True
 
     def _walk(self, nodes: Sequence[Any]) -> tuple[list[Layout | None], list[tuple[int, str]]]:
-        """From nodes not seen here down to those seen: layouts of the sample tensors, and leaves that are reached."""
+        """Down the graph: layouts of the sample tensors first met, and the leaves that a node not seen here leads to."""
         layouts, leaves, seen = [], [], set()
-        stack = list(nodes)
+        stack = [(node, False) for node in nodes]  # and whether a sample tensor is above
         while stack:
-            node = stack.pop()
+            node, below_sample = stack.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if node in self._sample_nodes:
+            if node in self._sample_nodes and not below_sample:
                 layouts.append(self._sample_nodes[node])
-            if node in self._accounted:
-                continue
+            if node.name() == "CheckpointFunctionBackward" and node not in self._segments:
+                # it calls its part of the model again when its turn comes
+                self._segments.add(node)
+                node.register_prehook(lambda grads: self.__enter__() and None)
+                node.register_hook(lambda above, below: self.__exit__(None, None, None))
             for below, _ in node.next_functions:
                 if below is None:
                     continue
-                key = id(getattr(below, "variable", None))
-                sources = frozenset([key]) if key in self.leaves else self._shared_nodes.get(below, frozenset())
-                leaves += [(source, node.name()) for source in sources if self.leaves[source].wanted]
-                stack.append(below)
+                if node not in self._accounted:
+                    key = id(getattr(below, "variable", None))
+                    sources = frozenset([key]) if key in self.leaves else self._shared_nodes.get(below, frozenset())
+                    leaves += [(source, node.name()) for source in sources if self.leaves[source].wanted]
+                stack.append((below, below_sample or node in self._sample_nodes))
         return layouts, leaves
 
     def _account(self, outputs: Sequence[Tensor], above: set[Any]) -> None:
@@ -260,7 +292,7 @@ class Recorder(TorchFunctionMode):
     def _derive(self, func, name: str, args, kwargs, tensors: Sequence[Tensor], shared: Sequence[Tensor]) -> Any:
         """A function of parameters and constants alone."""
         above = {tensor.grad_fn for tensor in tensors}
-        out = func(*args, **kwargs)
+        out = self._call(func, args, kwargs)
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         self._account(outputs, above)
         sources = frozenset().union(*(self._shared[tensor][0] for tensor in shared))
@@ -281,7 +313,7 @@ class Recorder(TorchFunctionMode):
         tensor = derived()
         if tensor is None:
             return
-        with torch._C.DisableTorchFunction():
+        with self._apart():
             for source in self._shared[tensor][0]:
                 leaf = self.leaves[source]
                 mine = [entry for entry in leaf.entries if entry.tensor is tensor and entry.explicit is None]
@@ -297,11 +329,8 @@ class Recorder(TorchFunctionMode):
         wanted = [t for t in shared if any(self.leaves[source].wanted for source in self._shared[t][0])]
         scoring = self.weight_gradients == "none"
         if not wanted:
-            out = (
-                func(*replaced(args, self._detached), **replaced(kwargs, self._detached))
-                if scoring
-                else func(*args, **kwargs)
-            )
+            apart = [replaced(nest, self._detached) if scoring else nest for nest in (args, kwargs)]
+            out = self._call(func, *apart)
             self._mark(out, name, args, kwargs, known, writes)
             return out
         call = self._bind(name, args, kwargs, wanted, [tensor for tensor, _ in known]) if not writes else None
@@ -309,7 +338,7 @@ class Recorder(TorchFunctionMode):
         if call is None and not simple and isinstance(func, types.FunctionType):
             body = opened(func)
             if body is not None and name not in rules.RULES:
-                with self:
+                with self.on():
                     return body(*args, **kwargs)
         leaf = self.leaves[min(self._shared[wanted[0]][0])]
         if any(where is None for _, where in known):
@@ -353,7 +382,7 @@ class Recorder(TorchFunctionMode):
         use.fused = self._may_fuse(name, use, [tensor for tensor in tensors if tensor in self._shared])
         apart = self.weight_gradients == "none" or use.fused
         given = [replaced(v, self._detached) if apart else v for v in (args, kwargs)]
-        out = func(*given[0], **given[1])
+        out = self._call(func, *given)
         outputs = self._mark(out, name, args, kwargs, known, writes)
         outputs = [tensor for tensor in outputs if tensor.is_floating_point()]
         where = [self._samples[tensor] for tensor in outputs]
@@ -415,16 +444,27 @@ class Recorder(TorchFunctionMode):
 
     # ---- gradients
 
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """For our own arithmetic: neither seen nor differentiated."""
+        before, self._busy = self._busy, True
+        try:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                yield
+        finally:
+            self._busy = before
+
     def _samples_of(self, use: Use) -> tuple[Tensor, ...]:
         if use.kept is None:
             raise RuntimeError("a second backward pass through the same graph: its norms were formed by the first")
-        kept = use.kept.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        with self.on():  # checkpointing may recompute them here
+            kept = use.kept.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         use.kept = None
         return kept
 
     def _fired(self, use: Use, grads: Sequence[Tensor | None]) -> None:
         samples = self._samples_of(use)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with self._apart():
             self._arrive(use, samples, grads)
 
     def _arrive(self, use: Use, samples: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> None:
@@ -437,6 +477,7 @@ class Recorder(TorchFunctionMode):
                     " (use_reentrant=False works)",
                 )
             leaf.fired[use.late] += 1
+            leaf.fresh = True
             for role, tensor in use.shared.items():
                 sources, whole = self._shared[tensor]
                 if id(leaf.parameter) in sources:
@@ -464,8 +505,10 @@ class Recorder(TorchFunctionMode):
     def _fired_fused(self, use: Use, grads: Tensor) -> tuple[Tensor, ...]:
         """The weight's and bias's gradients, and where nothing else feeds them their norms in the same pass."""
         samples = self._samples_of(use)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with self._apart():
             leaves = self._leaves_of(use)
+            for leaf in leaves:
+                leaf.fresh = True
             assert use.call is not None
             assert use.call.positions is not None
             a, g = use.call.positions(self.rows, samples[0], use.layouts[0], grads, use.out_layouts[0])
@@ -507,7 +550,7 @@ class Recorder(TorchFunctionMode):
             func(**(given | {"input": x.detach(), "weight": None, "bias": None}))  # the running statistics
             dims = [dim for dim in range(x.dim()) if dim != 1]
             var, mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, dims, correction=0)
-        with self:
+        with self.on():
             return func(x, mean, var, given.get("weight"), given.get("bias"), False, 0.0, eps)
 
     def _note_mean(self, args, kwargs) -> None:
@@ -528,6 +571,17 @@ class Recorder(TorchFunctionMode):
 
     # ---- backward
 
+    def watch(self) -> list[Any]:
+        """Hooks on the parameters: a gradient that arrives without a use having been seen is refused."""
+        return [leaf.parameter.register_hook(functools.partial(self._arrives, leaf)) for leaf in self.leaves.values()]
+
+    def _arrives(self, leaf: Leaf, grads: Tensor) -> None:
+        if self._busy or not leaf.wanted:
+            return
+        if self.weight_gradients == "none" or not leaf.fresh:
+            raise self._refusal(leaf, "a part of the model that was not seen (nested or unusual checkpointing)")
+        leaf.fresh = False
+
     def _backward(self, loss: Tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
         if inputs is not None:
             raise ValueError(
@@ -535,7 +589,8 @@ class Recorder(TorchFunctionMode):
             )
         if loss in self._shared:
             raise self._refusal(
-                self._leaf_of(loss), "the loss alone, without any input of the model (was it called itself?)"
+                self._leaf_of(loss),
+                "a loss that no input was seen to reach (call the model itself; a scripted module hides its inputs)",
             )
         if loss.grad_fn is not None:
             _, reached = self._walk([loss.grad_fn])
@@ -545,9 +600,9 @@ class Recorder(TorchFunctionMode):
                     self.leaves[key], f"{node}, which is not a torch function that can be seen (a scripted module, an"
                     " autograd.Function, or a call of the model outside this context)",
                 )  # fmt: skip
-        with self:
+        with self.on():
             torch.autograd.backward(loss, gradient, retain_graph, create_graph)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with self._apart():
             for leaf in self.leaves.values():
                 if leaf.entries and not leaf.closed:  # some of its uses had no part in the loss
                     assert self.rows is not None

@@ -1,0 +1,1 @@
+"""Per-sample gradient norms: ours, the peers and the models they are measured on."""
