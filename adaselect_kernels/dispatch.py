@@ -16,16 +16,21 @@ from adaselect_kernels import ops, reference
 
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "ADASELECT_IMPL"
+CUDA_OPERATORS = ("embedding_grad_sq_norms",)  # those with a CUDA C++ kernel
 
 
-def _load_extension() -> tuple[ModuleType | None, str]:
+def _load_extension(name: str, what: str) -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("adaselect_kernels._C"), ""
+        return importlib.import_module(f"adaselect_kernels.{name}"), ""
     except ImportError as error:
-        return None, f"the compiled extension is missing or does not load: {error}"
+        return None, f"the {what} is missing or does not load: {error}"
 
 
-EXTENSION, EXTENSION_ERROR = _load_extension()  # loading it registers the CPU kernels
+# loading them registers the CPU kernels, and torch.ops.adaselect_cuda
+EXTENSION, EXTENSION_ERROR = _load_extension("_C", "compiled extension")
+CUDA_EXTENSION, CUDA_EXTENSION_ERROR = _load_extension(
+    "_cuda", "extension of the CUDA kernels (ADASELECT_CUDA=1 builds it)"
+)
 
 
 def triton_interpreted() -> bool:
@@ -37,8 +42,11 @@ def triton_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def unavailable(impl: str, device: torch.device) -> str | None:
-    """Why `impl` cannot serve tensors on `device`; None when it can."""
+def unavailable(impl: str, device: torch.device, operator: str | None = None) -> str | None:
+    """Why `impl` cannot serve tensors on `device`; None when it can.
+
+    "cuda" serves the operators of CUDA_OPERATORS alone: it is available only to a caller that names one of them.
+    """
     if impl == "reference":
         return None
     if impl == "cpu":
@@ -55,11 +63,15 @@ def unavailable(impl: str, device: torch.device) -> str | None:
         if not triton_interpreted():
             return "it serves cuda tensors, got cpu (set TRITON_INTERPRET=1 before the first import to interpret it)"
         return "the interpreter cannot be traced by torch.compile" if torch.compiler.is_compiling() else None
-    return "no operator of this function has a CUDA C++ kernel: the Triton one is the fastest, use impl='triton'"
+    if operator not in CUDA_OPERATORS:
+        return "no operator of this function has a CUDA C++ kernel: the Triton one is the fastest, use impl='triton'"
+    if CUDA_EXTENSION is None:
+        return CUDA_EXTENSION_ERROR
+    return None if device.type == "cuda" else f"it serves cuda tensors, got {device}"
 
 
-def resolve(impl: str, device: torch.device) -> Any:
-    """The object whose attributes are the operators of ops.py, for `impl` on `device`.
+def resolve(impl: str, device: torch.device, operator: str | None = None) -> Any:
+    """The object whose attributes are the operators of ops.py, for `impl` on `device`; for "cuda" only `operator`.
 
     Raises ValueError for an unknown name, RuntimeError with every reason when an explicit request cannot be served.
     """
@@ -71,14 +83,16 @@ def resolve(impl: str, device: torch.device) -> Any:
     chosen = _fastest(device) if impl == "auto" else impl
     if chosen not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}; got {impl!r}")
-    reason = unavailable(chosen, device)
+    reason = unavailable(chosen, device, operator)
     if reason is not None:
         others = "; ".join(
-            f"{name}: {unavailable(name, device) or 'available'}" for name in IMPLS[1:] if name != chosen
+            f"{name}: {unavailable(name, device, operator) or 'available'}" for name in IMPLS[1:] if name != chosen
         )
         raise RuntimeError(f"impl={chosen!r} is not available for {device}: {reason}. Others: {others}")
     if chosen == "reference":
         return reference
+    if chosen == "cuda":
+        return torch.ops.adaselect_cuda
     if traced:
         return torch.ops.adaselect
     _EAGER[impl, device.type] = EXTENSION if chosen == "cpu" else importlib.import_module("adaselect_kernels.kernels")
@@ -98,6 +112,7 @@ def _fastest(device: torch.device) -> str:
 
 
 __all__ = [
+    "CUDA_OPERATORS",
     "ENVIRONMENT_VARIABLE",
     "EXTENSION",
     "EXTENSION_ERROR",
