@@ -125,6 +125,8 @@ def draw(case: Case, seed: int, dtype: torch.dtype = torch.float32) -> Problem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         problem = case.build()
+    if problem.oracle_model is not None:
+        problem.oracle_model.to(dtype)
     return problem if dtype == torch.float32 else convert(problem, dtype)
 
 
@@ -135,7 +137,5 @@ def convert(problem: Problem, dtype: torch.dtype) -> Problem:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     problem.model.to(dtype)
-    if problem.oracle_model is not None:
-        problem.oracle_model.to(dtype)
     problem.inputs, problem.shared = tree_map(cast, problem.inputs), tree_map(cast, problem.shared)
     return problem

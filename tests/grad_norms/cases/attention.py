@@ -83,7 +83,7 @@ def causal_mask():
     return Problem(Causal(batch_first=True), (torch.randn(4, 4, 8),))
 
 
-@case("MultiheadAttention", "a mask [T, T] given as an input, N = T")
+@case("MultiheadAttention", "a mask [T, T] given as an input, N = T", EITHER)
 def given_mask():
     class Given(SelfAttention):
         def forward(self, x, attn_mask):
@@ -203,7 +203,8 @@ class Residual(nn.Module):
         self.norm1, self.norm2 = nn.GroupNorm(2, outer), nn.GroupNorm(2, outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
         self.relu = nn.ReLU(inplace=True)
-        self.down = nn.Conv2d(inner, outer, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        # a 1 x 1 kernel with stride 2 writes out of bounds in the channels_last CPU backward of PyTorch 2.13 itself
+        self.down = nn.Conv2d(inner, outer, 2, stride, bias=False) if stride > 1 else nn.Identity()
 
     def forward(self, x):
         out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))

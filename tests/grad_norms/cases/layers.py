@@ -189,7 +189,7 @@ def scale_grad_by_freq():
     return Problem(model, (torch.randint(7, (5, 8)),), losses=frequencies)
 
 
-@case("Embedding", "by indexing the weight")
+@case("Embedding", "by indexing the weight", EITHER)
 def indexed_weight():
     class Indexed(nn.Module):
         def __init__(self):
