@@ -128,13 +128,16 @@ class PerSampleGradNorm:
             return 1.0
         if self._reduction != "mean":
             return float(self._reduction)
-        counts = self._recorder.mean_counts
-        if len(counts) > 1:
+        recorder = self._recorder
+        assert recorder.rows is not None
+        if recorder.mean_count is not None:
+            return recorder.mean_count
+        if recorder.means_seen:
             raise ValueError(
-                f"{len(counts)} mean losses were seen, and loss_reduction='mean' means one: give the divisor as a number"
+                "loss_reduction='mean' needs the loss to be one mean (times a number), and other terms were added to it:"
+                " give the divisor as a number, or sum the losses"
             )
-        assert self._recorder.rows is not None
-        return counts[0] if counts else float(self._recorder.rows.samples)
+        return float(recorder.rows.samples)
 
 
 def _checked_ids(sample_ids: Tensor | None) -> Tensor | None:

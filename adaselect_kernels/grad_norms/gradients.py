@@ -158,7 +158,8 @@ def _call_again(entry: Entry, rows: Rows, sample: int) -> Tensor | None:
     use, subject = entry.use, entry.tensor
     assert use is not None
     assert subject is not None
-    inputs = [rows.one(tensor.detach(), at, sample) for tensor, at in zip(entry.samples, use.layouts, strict=True)]
+    with torch.enable_grad():  # the function may write into its input: it must not be a view made without gradients
+        inputs = [rows.one(tensor.detach(), at, sample) for tensor, at in zip(entry.samples, use.layouts, strict=True)]
     at = use.aligned.get(id(subject))
     variable = (subject if at is None else rows.one(subject, at, sample)).detach().requires_grad_()
 

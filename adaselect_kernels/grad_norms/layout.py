@@ -51,6 +51,31 @@ _DEFAULT_DIM: dict[str, int] = dict.fromkeys(
 }
 
 
+# Only the first argument's values go into the result; the others name a shape, a type or a device.
+_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+_FACTORIES = {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "new_empty_strided"}
+# Positions meet in a window, and all but the first two dimensions are positions.
+_WINDOWS = (
+    "pool",
+    "conv",
+    "interpolate",
+    "upsample",
+    "grid_sample",
+    "pixel_",
+    "channel_shuffle",
+    "fold",
+    "response_norm",
+)
+_CHANNEL_NORMS = {"group_norm", "instance_norm", "batch_norm"}
+
+
+def sources(name: str, args: Sequence[Any], samples: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the sample tensors among the arguments whose values go into the result."""
+    if name in _FACTORIES:
+        return []
+    return [tensor for tensor in samples if tensor is args[0]] if name in _LIKE and args else list(samples)
+
+
 def through(
     name: str, args: Sequence[Any], kwargs: dict[str, Any], known: Sequence[tuple[Tensor, Layout | None]], rows: int
 ) -> Callable[[Tensor], Layout | None]:
@@ -60,8 +85,10 @@ def through(
     found = [(tensor, layout) for tensor, layout in known if layout is not None]
     subject, layout = found[0]
     is_subject = bool(args) and args[0] is subject
+    if _mixes(name, args, kwargs, found):
+        return lambda out: None
     if name == "einsum":
-        return lambda out: _einsum(args, found, out, rows)
+        return lambda out: _einsum(args, found, out)
     if name == "stack":
         at = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (subject.dim() + 1)
         return lambda out: _agree([_shift(given, int(at <= given.dim)) for _, given in found])
@@ -189,17 +216,38 @@ def _without(subject: Tensor, layout: Layout, out: Tensor, removed: int, in_fron
     return _same_size(moved, out, layout, rows) if out.dim() in (subject.dim(), subject.dim() - removed) else None
 
 
-def _einsum(args: Sequence[Any], found: Sequence[tuple[Tensor, Layout]], out: Tensor, rows: int) -> Layout | None:
+def _mixes(name: str, args: Sequence[Any], kwargs: dict[str, Any], found: Sequence[tuple[Tensor, Layout]]) -> bool:
+    """Whether the function lets positions of the sample axis meet, where its shapes alone would not tell."""
+    if any(part in name for part in _WINDOWS) or name in _CHANNEL_NORMS:
+        return any(at.dim != 0 for _, at in found)
+    if name in ("layer_norm", "rms_norm"):
+        shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+        return any(at.dim >= tensor.dim() - len(shape) for tensor, at in found)
+    if name == "scaled_dot_product_attention":
+        return any(at.dim >= tensor.dim() - 2 for tensor, at in found)
+    if name in ("matmul", "bmm", "mm", "baddbmm", "addmm", "__matmul__"):
+        left, right = ([*args, *kwargs.values()])[-2:] if name not in ("baddbmm", "addmm") else args[1:3]
+        contracted = [(left, 1), (right, 2 if right.dim() > 1 else 1)]
+        if any(tensor is side and at.dim == tensor.dim() - d for tensor, at in found for side, d in contracted):
+            return True
+        both = [at.dim >= tensor.dim() - 2 for tensor, at in found if tensor is left or tensor is right]
+        return len(both) > 1 and any(both)
+    return False
+
+
+def _einsum(args: Sequence[Any], found: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:
+    """The axis must have one letter in all operands, and the output must have it."""
     if not isinstance(args[0], str) or "." in args[0]:
         return None
     operands = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
-    inputs, _, output = args[0].replace(" ", "").partition("->")
-    terms = inputs.split(",")
+    inputs, arrow, output = args[0].replace(" ", "").partition("->")
+    layouts = {id(tensor): at for tensor, at in found}
     letters = set()
-    for tensor, layout in found:
-        place = next(i for i, operand in enumerate(operands) if operand is tensor)
-        letters.add((terms[place][layout.dim], layout.outer, layout.inner))
-    if len(letters) != 1:
+    for operand, term in zip(operands, inputs.split(","), strict=True):
+        if id(operand) in layouts:
+            at = layouts[id(operand)]
+            letters.add((term[at.dim], at.outer, at.inner))
+    if len(letters) != 1 or not arrow:
         return None
     letter, outer, inner = letters.pop()
     return Layout(output.index(letter), outer, inner) if letter in output else None

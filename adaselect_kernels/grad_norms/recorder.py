@@ -54,19 +54,32 @@ class Keep(torch.autograd.Function):
 
 
 class Attach(torch.autograd.Function):
-    """Ties `count` outputs to the tensors behind them without changing them: the gradients of those are `gradients(g)`."""
+    """Ties an output to `tensors` without changing it: their gradients are `gradients(g)`."""
 
     @staticmethod
-    def forward(ctx, gradients: Callable[..., tuple], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, gradients: Callable[[Tensor], tuple], out: Tensor, *tensors: Tensor) -> Tensor:
         ctx.gradients = gradients
-        if count == 1:  # the same tensor, which may still be written in place
-            ctx.mark_dirty(tensors[0])
-        return tensors[:count]
+        ctx.mark_dirty(out)  # it stays the same tensor, and may still be written in place
+        return out
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        passed = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=False))
-        return None, None, *passed, *ctx.gradients(*grads)
+    def backward(ctx, grads: Tensor):
+        return None, grads if ctx.needs_input_grad[1] else None, *ctx.gradients(grads)
+
+
+def _seen_through(tensor: Tensor, base: Tensor) -> Callable[[Tensor], Tensor]:
+    """From the gradient of `base` to that of `tensor`, itself or a view of it."""
+    if tensor is base:
+        return lambda grads: grads
+    shape, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset()
+    size, stride = base.shape, base.stride()
+
+    def through(grads: Tensor) -> Tensor:
+        if grads.stride() != stride:
+            grads = torch.empty_strided(size, stride, dtype=grads.dtype, device=grads.device).copy_(grads)
+        return grads.as_strided(shape, strides, grads.storage_offset() + offset)
+
+    return through
 
 
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
@@ -114,7 +127,8 @@ class Recorder(TorchFunctionMode):
         self.sample_dim = sample_dim
         self.rows: Rows | None = None
         self.labels: dict[str, None] = {}
-        self.mean_counts: list[Tensor | int] = []
+        self.means_seen = False  # cross_entropy or nll_loss with reduction="mean"
+        self.mean_count: Tensor | int | None = None  # of the loss that was differentiated, where it is one of those
         self.finished = False  # a backward pass has ended: the norms are there
         self._busy = False  # gradients that flow now are of our own asking
         self.reset()
@@ -130,7 +144,8 @@ class Recorder(TorchFunctionMode):
         self._segments: set[Any] = set()  # nodes of reentrant checkpoints
         self._inputs: list[Tensor] = []  # kept, so that a recomputation finds the same objects
         self.finished = False
-        self.mean_counts.clear()
+        self._means = WeakTensorKeyDictionary()  # mean losses -> how many terms
+        self.means_seen, self.mean_count = False, None
         for key, leaf in self.leaves.items():
             leaf.reset()
             self._shared[leaf.parameter] = (frozenset([key]), leaf)
@@ -139,6 +154,7 @@ class Recorder(TorchFunctionMode):
         """Keep the norms and drop what only a backward pass needs."""
         self._sample_nodes, self._accounted, self._shared_nodes = {}, set(), {}
         self._segments, self._inputs = set(), []
+        self._means = WeakTensorKeyDictionary()
         self._samples, self._shared = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def begin(self, inputs: Any, sample_ids: Tensor | None) -> None:
@@ -189,6 +205,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self._backward(*args, **kwargs)
+        if func is torch.autograd.grad:
+            raise ValueError(
+                "torch.autograd.grad inside PerSampleGradNorm: its gradients could not be told from those of the loss"
+                " (double backward is not supported)"
+            )
         name, writes = canonical(func)
         if func.__name__ == "__set__" or (func.__name__ == "__get__" and name not in _TENSOR_PROPERTIES):
             return func(*args, **kwargs)
@@ -199,9 +220,7 @@ class Recorder(TorchFunctionMode):
         shared = [t for t in tensors if t in self._shared] if torch.is_grad_enabled() else []
         if func is torch.nn.functional.batch_norm and self._is_training(args, kwargs):
             return self._batch_statistics(func, args, kwargs)
-        if func is torch.nn.functional.cross_entropy or func is torch.nn.functional.nll_loss:
-            self._note_mean(args, kwargs)
-        samples = [t for t in tensors if t in self._samples]
+        samples = layout.sources(name, args, [t for t in tensors if t in self._samples])
         if shared:
             samples += [t for t in tensors if t not in self._samples and t not in self._shared and self._adopts(t)]
         if not samples and not shared:
@@ -215,6 +234,8 @@ class Recorder(TorchFunctionMode):
                     return iter(args[0].unbind(0))
             out = self._call(func, args, kwargs)
             self._mark(out, name, args, kwargs, known, writes)
+            if isinstance(out, Tensor) and out.dim() == 0:
+                self._note_mean(func, name, args, kwargs, tensors, out)
             return out
         return self._use(func, name, writes, args, kwargs, tensors, shared, known)
 
@@ -390,26 +411,30 @@ class Recorder(TorchFunctionMode):
             raise self._refusal(self._leaf_of(wanted[0]), f"{name}, of whose output the sample axis is not known")
         use.out_layouts = [at for at in where if at is not None]
         self._align(use, outputs)
+        # a view is rebased when it, or another view of its base, is written in place: only the base keeps its history
+        bases = [tensor if tensor._base is None else tensor._base for tensor in outputs]
         anchor = torch.zeros(0, requires_grad=True, device=outputs[0].device)
         if use.fused:
-            attached = Attach.apply(lambda grads: self._fired_fused(use, grads), 1, outputs[0], *use.shared.values())
-        elif not outputs[0].requires_grad:
-            attached = Attach.apply(lambda *grads: (None,), len(outputs), *outputs, anchor)
-        else:
-            attached = outputs
-        by_id = dict(zip(map(id, outputs), attached, strict=True))
-        out, outputs = replaced(out, lambda value: by_id.get(id(value), value)), list(attached)
-        self._account(outputs, above)
-        for tensor, at in zip(outputs, use.out_layouts, strict=True):
-            self._set_layout(tensor, at)
+            gradients = functools.partial(self._fired_fused, use, _seen_through(outputs[0], bases[0]))
+            Attach.apply(gradients, bases[0], *use.shared.values())
+        elif not bases[0].requires_grad:
+            for base in {id(base): base for base in bases}.values():
+                Attach.apply(lambda grads: (None,), base, anchor)
+        self._account([*outputs, *bases], above)
+        for tensor, where in zip(outputs, use.out_layouts, strict=True):
+            self._set_layout(tensor, where)
         with torch._C.DisableTorchFunction(), torch.enable_grad():
             use.kept = Keep.apply(anchor, *(tensor for tensor, _ in known))
+        maps = [_seen_through(tensor, base) for tensor, base in zip(outputs, bases, strict=True)]
         if use.fused:
             pass
         elif len(outputs) == 1:
-            outputs[0].register_hook(lambda grads: self._fired(use, [grads]))
+            bases[0].register_hook(lambda grads: self._fired(use, [maps[0](grads)]))
         else:
-            torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._fired(use, list(grads)))
+            torch.autograd.graph.register_multi_grad_hook(
+                bases,
+                lambda grads: self._fired(use, [g if g is None else m(g) for m, g in zip(maps, grads, strict=True)]),
+            )
         for leaf in self._leaves_of(use):
             leaf.uses[use.late] += 1
         return out
@@ -456,7 +481,7 @@ class Recorder(TorchFunctionMode):
 
     def _samples_of(self, use: Use) -> tuple[Tensor, ...]:
         if use.kept is None:
-            raise RuntimeError("a second backward pass through the same graph: its norms were formed by the first")
+            raise ValueError("a second backward pass through the same graph: its norms were formed by the first")
         with self.on():  # checkpointing may recompute them here
             kept = use.kept.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         use.kept = None
@@ -502,7 +527,7 @@ class Recorder(TorchFunctionMode):
             if not leaf.closed:
                 leaf.close(sq_norms_of(leaf, self.rows))
 
-    def _fired_fused(self, use: Use, grads: Tensor) -> tuple[Tensor, ...]:
+    def _fired_fused(self, use: Use, through: Callable[[Tensor], Tensor], grads: Tensor) -> tuple[Tensor, ...]:
         """The weight's and bias's gradients, and where nothing else feeds them their norms in the same pass."""
         samples = self._samples_of(use)
         with self._apart():
@@ -511,6 +536,7 @@ class Recorder(TorchFunctionMode):
                 leaf.fresh = True
             assert use.call is not None
             assert use.call.positions is not None
+            grads = through(grads)
             a, g = use.call.positions(self.rows, samples[0], use.layouts[0], grads, use.out_layouts[0])
             bias = "bias" in use.shared
             sq_norms, *found = rules.linear_grads_and_sq_norms(a, g, bias)
@@ -553,21 +579,29 @@ class Recorder(TorchFunctionMode):
         with self.on():
             return func(x, mean, var, given.get("weight"), given.get("bias"), False, 0.0, eps)
 
-    def _note_mean(self, args, kwargs) -> None:
-        """How many terms a mean loss is the mean of."""
+    def _note_mean(self, func, name: str, args, kwargs, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """How many terms a mean loss is the mean of; it stays that when it is multiplied by a number."""
+        if func is torch.nn.functional.cross_entropy or func is torch.nn.functional.nll_loss:
+            count = self._mean_count(args, kwargs)
+            if count is not None:
+                self._means[out] = count
+                self.means_seen = True
+        elif name in ("mul", "div", "true_divide", "neg", "to", "float", "double"):
+            marked = [self._means[tensor] for tensor in tensors if tensor in self._means]
+            if len(marked) == 1:
+                self._means[out] = marked[0]
+
+    def _mean_count(self, args, kwargs) -> Tensor | int | None:
         names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("reduction", "mean") != "mean" or not torch.is_grad_enabled():
-            return
+            return None
         target = given["target"]
         if target.is_floating_point():  # class probabilities
-            self.mean_counts.append(target.numel() // target.shape[1 if target.dim() > 1 else 0])
-            return
-        kept = target != given.get("ignore_index", -100)
-        weight = given.get("weight")
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            count = kept.sum() if weight is None else (weight[target.where(kept, 0)] * kept).sum()
-        self.mean_counts.append(count)
+            return target.numel() // target.shape[1 if target.dim() > 1 else 0]
+        with self._apart():
+            kept, weight = target != given.get("ignore_index", -100), given.get("weight")
+            return kept.sum() if weight is None else (weight[target.where(kept, 0)] * kept).sum()
 
     # ---- backward
 
@@ -587,6 +621,7 @@ class Recorder(TorchFunctionMode):
             raise ValueError(
                 "backward(inputs=...) leaves gradients out, and the norms would lack them: call backward()"
             )
+        self.mean_count = self._means.get(loss)
         if loss in self._shared:
             raise self._refusal(
                 self._leaf_of(loss),

@@ -177,7 +177,7 @@ def _embedding(
             # the gradient of a row of the table is divided by how often the whole batch uses it
             grads = grads / torch.bincount(ids.flatten(), minlength=weight.shape[0])[ids].unsqueeze(-1).to(grads.dtype)
         i, g = rows.by_sample(ids, layout), rows.by_sample(grads, grads_layout)
-        return i.flatten(1), g.reshape(g.shape[0], i[0].numel() if len(i) else 0, g.shape[-1])
+        return i.reshape(i.shape[0], math.prod(i.shape[1:])), g.reshape(g.shape[0], math.prod(i.shape[1:]), g.shape[-1])
 
     def sq_norms(rows, ids, layout, grads, grads_layout, want_weight, want_bias) -> Tensor:
         i, g = positions(rows, ids, layout, grads, grads_layout)
