@@ -51,13 +51,17 @@ def load_block(ptr, t, c, positions, columns, stride_t, stride_c, T_LAST: tl.con
 
 
 @triton.jit
-def load_patches(ptr, t, c, positions, columns, view, DIMS: tl.constexpr, T_LAST: tl.constexpr):
-    """Element c of the patch under output position t, 0 in the padding; c = kernel offset * channels + channel."""
+def load_patches(ptr, t, c, positions, columns, view, DIMS: tl.constexpr, WIDE: tl.constexpr, T_LAST: tl.constexpr):
+    """Element c of the patch under output position t, 0 in the padding; c = kernel offset * channels + channel.
+
+    WIDE: offsets in 64 bits. An element has an offset of its own, and most samples span less than 2^31.
+    """
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     _, stride_channel, channels, strides, sizes, outputs, kernel, step, padding, dilation = view
     t_inside, c_inside = t < positions, c < columns
     offset = c // channels
-    t_offset = tl.zeros_like(t).to(tl.int64)
-    c_offset = (c % channels).to(tl.int64) * stride_channel
+    t_offset = tl.zeros_like(t).to(OFFSET)
+    c_offset = (c % channels).to(OFFSET) * stride_channel
     if T_LAST:
         inside = c_inside[:, None] & t_inside[None, :]
     else:
@@ -67,8 +71,8 @@ def load_patches(ptr, t, c, positions, columns, view, DIMS: tl.constexpr, T_LAST
         begin = (t % outputs[dim]) * step[dim] - padding[dim]
         shift = (offset % kernel[dim]) * dilation[dim]
         t, offset = t // outputs[dim], offset // kernel[dim]
-        t_offset += begin.to(tl.int64) * strides[dim]
-        c_offset += shift.to(tl.int64) * strides[dim]
+        t_offset += begin.to(OFFSET) * strides[dim]
+        c_offset += shift.to(OFFSET) * strides[dim]
         if T_LAST:
             at = shift[:, None] + begin[None, :]
         else:
@@ -81,11 +85,11 @@ def load_patches(ptr, t, c, positions, columns, view, DIMS: tl.constexpr, T_LAST
 
 
 @triton.jit
-def load_activations(ptr, t, c, positions, columns, view, DIMS: tl.constexpr, T_LAST: tl.constexpr):
+def load_activations(ptr, t, c, positions, columns, view, DIMS: tl.constexpr, WIDE: tl.constexpr, T_LAST: tl.constexpr):
     if DIMS == 0:
         return load_block(ptr, t, c, positions, columns, view[0], view[1], T_LAST)
     else:
-        return load_patches(ptr, t, c, positions, columns, view, DIMS, T_LAST)
+        return load_patches(ptr, t, c, positions, columns, view, DIMS, WIDE, T_LAST)
 
 
 # --- direct and fused -------------------------------------------------------------------------------------------------
@@ -97,7 +101,8 @@ def direct_kernel(
     positions, p, d, stride_an, stride_gn, stride_gt, stride_gp, stride_at, stride_ad, channels,
     stride_0, stride_1, stride_2, size_0, size_1, size_2, output_0, output_1, output_2, kernel_0, kernel_1, kernel_2,
     step_0, step_1, step_2, padding_0, padding_1, padding_2, dilation_0, dilation_1, dilation_2,
-    DIMS: tl.constexpr, A_T_LAST: tl.constexpr, G_T_LAST: tl.constexpr, WRITE: tl.constexpr, PRECISION: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr, A_T_LAST: tl.constexpr, G_T_LAST: tl.constexpr,
+    WRITE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of G_i^T A_i of one group, for `share` samples: partials [N, groups * tiles] is its part of the norm.
@@ -133,7 +138,7 @@ def direct_kernel(
             g_sample = g_ptr + sample * stride_gn
             a_sample = a_ptr + sample * stride_an
             g = load_block(g_sample, t, row, positions, p, stride_gt, stride_gp, G_T_LAST)
-            a = load_activations(a_sample, t, column, positions, d, view, DIMS, A_T_LAST)
+            a = load_activations(a_sample, t, column, positions, d, view, DIMS, WIDE, A_T_LAST)
             product = dot(tl.trans(g), a, product, PRECISION)
         tl.store(partials_ptr + sample * stride_partials, tl.sum(product * product))
         if WRITE:
@@ -154,7 +159,8 @@ def gram_kernel(
     positions, p, d, stride_an, stride_gn, stride_gt, stride_gp, stride_at, stride_ad, channels,
     stride_0, stride_1, stride_2, size_0, size_1, size_2, output_0, output_1, output_2, kernel_0, kernel_1, kernel_2,
     step_0, step_1, step_2, padding_0, padding_1, padding_2, dilation_0, dilation_1, dilation_2,
-    DIMS: tl.constexpr, A_T_LAST: tl.constexpr, G_T_LAST: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr, A_T_LAST: tl.constexpr, G_T_LAST: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A pair of blocks' part of sum_{t,s} (A A^T + BIAS)(G G^T) of one sample and group: partials [N, groups * pairs]."""
@@ -182,8 +188,8 @@ def gram_kernel(
     of_activations = tl.zeros([BLOCK_T, BLOCK_T], COMPUTE)
     for start in tl.range(0, d, BLOCK_C, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK_C)
-        x = load_activations(a_ptr, t, c, positions, d, view, DIMS, A_T_LAST)
-        y = load_activations(a_ptr, s, c, positions, d, view, DIMS, A_T_LAST)
+        x = load_activations(a_ptr, t, c, positions, d, view, DIMS, WIDE, A_T_LAST)
+        y = load_activations(a_ptr, s, c, positions, d, view, DIMS, WIDE, A_T_LAST)
         of_activations = dot(x, tl.trans(y), of_activations, PRECISION)
     of_grads = tl.zeros([BLOCK_T, BLOCK_T], COMPUTE)
     for start in tl.range(0, p, BLOCK_C, num_stages=STAGES):
@@ -277,7 +283,7 @@ def depthwise_kernel(
     positions, p, d, stride_an, stride_gn, stride_gt, stride_gp, stride_at, stride_ad, channels,
     stride_0, stride_1, stride_2, size_0, size_1, size_2, output_0, output_1, output_2, kernel_0, kernel_1, kernel_2,
     step_0, step_1, step_2, padding_0, padding_1, padding_2, dilation_0, dilation_1, dilation_2,
-    DIMS: tl.constexpr, T_LAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    DIMS: tl.constexpr, WIDE: tl.constexpr, T_LAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One output channel a group: a block of them, an element of their kernels at a time; partials [N, blocks]."""
     COMPUTE: tl.constexpr = partials_ptr.dtype.element_ty
@@ -291,7 +297,9 @@ def depthwise_kernel(
     a_ptr += sample * stride_an
     g_ptr += sample * stride_gn
     o = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    columns = channels * kernel_0 * kernel_1 * kernel_2  # of patches of all channels: here `channels` counts all of them
+    columns = (
+        channels * kernel_0 * kernel_1 * kernel_2
+    )  # of patches of all channels: here `channels` counts all of them
     total = tl.zeros([BLOCK_C], COMPUTE)
     for i in range(0, d):
         in_group = channels // groups
@@ -300,7 +308,7 @@ def depthwise_kernel(
         for start in range(0, positions, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
             g = load_block(g_ptr, t, o, positions, groups, stride_gt, stride_gp, T_LAST).to(COMPUTE)
-            product += g * load_patches(a_ptr, t, column, positions, columns, view, DIMS, T_LAST).to(COMPUTE)
+            product += g * load_patches(a_ptr, t, column, positions, columns, view, DIMS, WIDE, T_LAST).to(COMPUTE)
         sums = tl.sum(product, axis=0)
         total += sums * sums
     tl.store(partials_ptr + sample * stride_partials + block, tl.sum(total))
@@ -399,6 +407,7 @@ RATES = {
 }
 # Beside 1 for a block that is filled: what smaller blocks lose, as each element loaded is used that much less.
 _BLOCK_COST = {128: 1.0, 64: 1.2, 32: 1.8, 16: 3.0}
+WIDE_SPAN = 2**31
 ROOMY_SHARED = 160 * 1024  # sm_80, sm_90 and sm_100 have this much a program; others, and AMD, 64 to 99 KB
 
 
@@ -408,14 +417,15 @@ def _block(size: int, largest: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def tile_config(p: int, d: int, element_bytes: int, roomy: bool) -> tuple[TileConfig, int]:
+def tile_config(p: int, d: int, element_bytes: int, patches: bool, roomy: bool) -> tuple[TileConfig, int]:
     """The tile of G^T A and its warps. With WRITE it takes two accumulators: 128 registers a thread at 128 x 128."""
     if element_bytes == 8:
         block_p, block_d = _block(p, 32), _block(d, 32)
         return TileConfig(block_p, block_d, 16, 2), 4 if block_p * block_d > 256 else 1
-    if element_bytes == 4:  # full precision runs on the vector units, whose operands come from registers
+    if element_bytes == 4 or patches:
+        # full precision runs on the vector units, whose operands come from registers; patches have an address an element
         block_p, block_d = _block(p, 64), _block(d, 64)
-        return TileConfig(block_p, block_d, 16, 3), 8 if block_p * block_d == 4096 else 4
+        return TileConfig(block_p, block_d, 64 // element_bytes, 3), 8 if block_p * block_d == 4096 else 4
     block_p, block_d = _block(p, 128), _block(d, 128)
     area = block_p * block_d
     num_warps = 8 if area == 16384 else 4 if area >= 2048 else 2
@@ -423,9 +433,11 @@ def tile_config(p: int, d: int, element_bytes: int, roomy: bool) -> tuple[TileCo
 
 
 @lru_cache(maxsize=1024)
-def gram_config(positions: int, element_bytes: int) -> tuple[GramConfig, int]:
+def gram_config(positions: int, element_bytes: int, patches: bool) -> tuple[GramConfig, int]:
     block_t = min(max(16, next_power_of_2(positions)), 32 if element_bytes == 8 else 64)
     block_c = {8: 16, 4: 32, 2: 64}[element_bytes]
+    if patches or element_bytes == 4:  # as in tile_config
+        return GramConfig(block_t, min(block_c, 32), 2), 8 if block_t == 64 else 4
     return GramConfig(block_t, block_c, 3), 4 if block_t > 16 else 2
 
 
@@ -440,10 +452,10 @@ def _padded(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
-def form_costs(positions: int, p: int, d: int, element_bytes: int) -> dict[str, float]:
+def form_costs(positions: int, p: int, d: int, element_bytes: int, patches: bool) -> dict[str, float]:
     """Operations a sample and group over the rate, in units of the plain matrix product's; `plain` is 2 T d p."""
-    tile, _ = tile_config(p, d, element_bytes, False)
-    gram, _ = gram_config(positions, element_bytes)
+    tile, _ = tile_config(p, d, element_bytes, patches, False)
+    gram, _ = gram_config(positions, element_bytes, patches)
     # 2 T d p, rounded up to whole tiles
     direct = 2 * _padded(positions, tile.BLOCK_T) * _padded(p, tile.BLOCK_P) * _padded(d, tile.BLOCK_D)
     # T (T + block) (d + p): the upper triangle, diagonal included
@@ -458,8 +470,8 @@ def form_costs(positions: int, p: int, d: int, element_bytes: int) -> dict[str, 
     }
 
 
-def cheaper_form(positions: int, p: int, d: int, element_bytes: int) -> str:
-    costs = form_costs(positions, p, d, element_bytes)
+def cheaper_form(positions: int, p: int, d: int, element_bytes: int, patches: bool) -> str:
+    costs = form_costs(positions, p, d, element_bytes, patches)
     return "gram" if costs["gram"] < costs["direct"] else "direct"
 
 
@@ -479,6 +491,7 @@ class Layer(NamedTuple):
     strides: tuple[int, ...]  # of activations: N, T, d; of grads: N, T, p
     dims: int
     geometry: tuple[int, ...]  # channels, then by threes: strides, sizes, outputs, kernel, stride, padding, dilation
+    wide: bool  # a sample's input spans 2^31 elements
     a_t_last: bool
     g_t_last: bool
 
@@ -497,7 +510,7 @@ def linear_layer(activations: Tensor, grads: Tensor) -> Layer:
     strides = (*activations.stride(), *grads.stride())
     return Layer(
         activations, grads, n, 1, positions, p, activations.shape[2], strides, 0, _NO_GEOMETRY,
-        strides[1] == 1 != strides[2], strides[4] == 1 != strides[5],
+        False, strides[1] == 1 != strides[2], strides[4] == 1 != strides[5],
     )  # fmt: skip
 
 
@@ -517,9 +530,12 @@ def conv_layer(input: Tensor, grads: Tensor, kernel_size, stride, padding, dilat
     )  # fmt: skip
     volume = geometry[10] * geometry[11] * geometry[12]
     strides = (input.stride(0), 1, input.stride(1), *grads.stride())
+    # the padding counts: its offsets are computed, though never read
+    reach = zip(input.stride()[1:], input.shape[1:], (0, *padding), strict=True)
+    wide = sum(stride * (size + 2 * pad) for stride, size, pad in reach) >= WIDE_SPAN
     return Layer(
         input, grads, grads.shape[0], groups, grads.shape[1], grads.shape[2] // groups, in_group * volume, strides, dims,
-        geometry, input.stride(-1) == 1 != input.stride(1), strides[4] == 1 != strides[5],
+        geometry, wide, input.stride(-1) == 1 != input.stride(1), strides[4] == 1 != strides[5],
     )  # fmt: skip
 
 
@@ -556,20 +572,22 @@ CHANNELS_CONFIG = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}  # normalisatio
 
 def _direct(layer: Layer, partials: Tensor, weight: Tensor | None, splits: int) -> None:
     """Fills partials[:, :groups * tiles]; weight [splits, p, d] too, if given."""
-    config, num_warps = tile_config(layer.p, layer.d, layer.grads.element_size(), roomy(layer.grads.device))
+    config, num_warps = tile_config(
+        layer.p, layer.d, layer.grads.element_size(), layer.dims > 0, roomy(layer.grads.device)
+    )
     tiles = triton.cdiv(layer.p, config.BLOCK_P) * triton.cdiv(layer.d, config.BLOCK_D)
     share = triton.cdiv(layer.samples, splits)
     with launch_device(partials):
         direct_kernel[(tiles * splits, layer.groups)](
             layer.activations, layer.grads, partials, partials if weight is None else weight,
             layer.samples, share, tiles, partials.stride(0), *layer.arguments,
-            DIMS=layer.dims, A_T_LAST=layer.a_t_last, G_T_LAST=layer.g_t_last, WRITE=weight is not None,
+            DIMS=layer.dims, WIDE=layer.wide, A_T_LAST=layer.a_t_last, G_T_LAST=layer.g_t_last, WRITE=weight is not None,
             PRECISION=_precision(layer.grads), **config._asdict(), FLATTEN=weight is not None, num_warps=num_warps,
         )  # fmt: skip
 
 
 def _tiles(layer: Layer) -> int:
-    config, _ = tile_config(layer.p, layer.d, layer.grads.element_size(), roomy(layer.grads.device))
+    config, _ = tile_config(layer.p, layer.d, layer.grads.element_size(), layer.dims > 0, roomy(layer.grads.device))
     return triton.cdiv(layer.p, config.BLOCK_P) * triton.cdiv(layer.d, config.BLOCK_D)
 
 
@@ -583,19 +601,19 @@ def _depthwise(layer: Layer, partials: Tensor, blocks: int) -> None:
     with launch_device(partials):
         depthwise_kernel[(layer.samples * blocks,)](
             layer.activations, layer.grads, partials, blocks, partials.stride(0), *arguments,
-            DIMS=layer.dims, T_LAST=layer.g_t_last, **CHANNELS_CONFIG,
+            DIMS=layer.dims, WIDE=layer.wide, T_LAST=layer.g_t_last, **CHANNELS_CONFIG,
         )  # fmt: skip
 
 
 def _gram(layer: Layer, bias: bool) -> Tensor:
-    config, num_warps = gram_config(layer.positions, layer.grads.element_size())
+    config, num_warps = gram_config(layer.positions, layer.grads.element_size(), layer.dims > 0)
     blocks = triton.cdiv(layer.positions, config.BLOCK_T)
     pairs = blocks * (blocks + 1) // 2
     partials = _partials(layer.grads, layer.groups * pairs)
     with launch_device(partials):
         gram_kernel[(layer.samples * pairs, layer.groups)](
             layer.activations, layer.grads, partials, pairs, partials.stride(0), *layer.arguments,
-            DIMS=layer.dims, A_T_LAST=layer.a_t_last, G_T_LAST=layer.g_t_last, BIAS=bias,
+            DIMS=layer.dims, WIDE=layer.wide, A_T_LAST=layer.a_t_last, G_T_LAST=layer.g_t_last, BIAS=bias,
             PRECISION=_precision(layer.grads), **config._asdict(), num_warps=num_warps,
         )  # fmt: skip
     return combine(partials)
@@ -640,7 +658,7 @@ def _layer_sq_norms(layer: Layer, weight: bool, bias: bool, form: str) -> Tensor
         return out
     depthwise = _is_depthwise(layer)
     if weight and form == "auto":
-        form = cheaper_form(layer.positions, layer.p, layer.d, layer.grads.element_size())
+        form = cheaper_form(layer.positions, layer.p, layer.d, layer.grads.element_size(), layer.dims > 0)
         form = "direct" if depthwise else form
     if weight and form == "gram":
         return _gram(layer, bias)
@@ -670,7 +688,7 @@ def conv_grad_sq_norms(
 
 def fused_pays(positions: int, p: int, d: int, element_bytes: int) -> bool:
     """One fused pass costs less than a plain matrix product and the norms apart."""
-    costs = form_costs(positions, p, d, element_bytes)
+    costs = form_costs(positions, p, d, element_bytes, False)
     return costs["fused"] <= costs["plain"] + min(costs["direct"], costs["gram"])
 
 
@@ -737,10 +755,9 @@ def embedding_grad_sq_norms(ids: Tensor, grads: Tensor, padding_idx: int) -> Ten
 # --- what ships -------------------------------------------------------------------------------------------------------
 
 _POINTEE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-_GEOMETRY_NAMES = ("channels",) + tuple(
-    f"{name}_{i}" for name in ("stride", "size", "output", "kernel", "step", "padding", "dilation") for i in range(3)
-)
-_LINEAR_ONES = ("stride_ad", "stride_gp", *_GEOMETRY_NAMES)
+_GEOMETRY = ("stride", "size", "output", "kernel", "step", "padding", "dilation")
+_LINEAR_ONES = ("stride_ad", "stride_gp", "channels", *(f"{name}_{i}" for name in _GEOMETRY for i in range(3)))
+_LINEAR = {"DIMS": 0, "WIDE": False, "A_T_LAST": False, "G_T_LAST": False}
 _LINEAR_MULTIPLES = ("positions", "p", "d", "stride_an", "stride_at", "stride_gn", "stride_gt")
 _OUTER_ONES = ("stride_0", "size_0", "output_0", "kernel_0", "step_0", "dilation_0")  # two spatial dimensions
 
@@ -751,13 +768,12 @@ def _shipped_tiles(dtype: torch.dtype, large: bool) -> Iterator[Compilation]:
     pointers = {"a_ptr": pointee, "g_ptr": pointee, "partials_ptr": compute}
     for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
         for write in (False, True):
-            for size in (16, 64, 4096):
-                config, num_warps = tile_config(size, size, dtype.itemsize, large)
+            for size in (16, 64, 4096) if dtype != torch.float16 else (4096,):  # float16 compiles as bfloat16 does
+                config, num_warps = tile_config(size, size, dtype.itemsize, False, large)
                 yield Compilation(
                     f"{'fused' if write else 'direct'}-{pointee}-{precision}-{size}{'-roomy' if large else ''}", direct_kernel,
                     pointers | {"weight_ptr": pointee if write else compute},
-                    {"DIMS": 0, "A_T_LAST": False, "G_T_LAST": False, "WRITE": write, "PRECISION": precision,
-                     "FLATTEN": write} | config._asdict(),
+                    _LINEAR | {"WRITE": write, "PRECISION": precision, "FLATTEN": write} | config._asdict(),
                     num_warps, ones=_LINEAR_ONES, multiples=_LINEAR_MULTIPLES,
                 )  # fmt: skip
 
@@ -774,9 +790,9 @@ def shipped() -> Iterator[Compilation]:
         pointers = {"a_ptr": pointee, "g_ptr": pointee, "partials_ptr": compute}
         yield from _shipped_tiles(dtype, False)
         # convolutions: channels last, and spatial dimensions last
-        tile, tile_warps = tile_config(64, 576, dtype.itemsize, False)
-        for dims, t_last in ((1, True), (2, False), (2, True), (3, True)):
-            layout = {"DIMS": dims, "A_T_LAST": t_last, "G_T_LAST": t_last, "PRECISION": "ieee"}
+        tile, tile_warps = tile_config(64, 576, dtype.itemsize, True, False)
+        for dims, t_last in ((1, True), (2, False), (2, True), (3, True)) if dtype != torch.float16 else ():
+            layout = {"DIMS": dims, "WIDE": False, "A_T_LAST": t_last, "G_T_LAST": t_last, "PRECISION": "ieee"}
             ones = ("stride_2", "stride_gt") if t_last else ("stride_ad", "stride_gp")
             ones += _OUTER_ONES if dims == 2 else ()
             label = f"conv{dims}d-{'t' if t_last else 'c'}-last-{pointee}"
@@ -784,20 +800,20 @@ def shipped() -> Iterator[Compilation]:
                 f"direct-{label}", direct_kernel, pointers | {"weight_ptr": compute},
                 layout | {"WRITE": False, "FLATTEN": False} | tile._asdict(), tile_warps, ones=ones,
             )  # fmt: skip
-            gram, gram_warps = gram_config(64, dtype.itemsize)
+            gram, gram_warps = gram_config(64, dtype.itemsize, True)
             yield Compilation(
                 f"gram-{label}", gram_kernel, pointers, layout | {"BIAS": True} | gram._asdict(), gram_warps, ones=ones
             )
             channels = {k: v for k, v in CHANNELS_CONFIG.items() if k != "num_warps"}
             yield Compilation(
-                f"depthwise-{label}", depthwise_kernel, pointers, {"DIMS": dims, "T_LAST": t_last} | channels,
+                f"depthwise-{label}", depthwise_kernel, pointers, {"DIMS": dims, "WIDE": False, "T_LAST": t_last} | channels,
                 CHANNELS_CONFIG["num_warps"], ones=ones,
             )  # fmt: skip
         for positions in (16, 64):
-            gram, gram_warps = gram_config(positions, dtype.itemsize)
+            gram, gram_warps = gram_config(positions, dtype.itemsize, False)
             yield Compilation(
                 f"gram-{pointee}-T{positions}", gram_kernel, pointers,
-                {"DIMS": 0, "A_T_LAST": False, "G_T_LAST": False, "BIAS": True, "PRECISION": "ieee"} | gram._asdict(),
+                _LINEAR | {"BIAS": True, "PRECISION": "ieee"} | gram._asdict(),
                 gram_warps, ones=_LINEAR_ONES, multiples=_LINEAR_MULTIPLES,
             )  # fmt: skip
         yield Compilation(
