@@ -328,6 +328,22 @@ def compiled_in_place():
     return Problem(model, (torch.randn(5, 4, 6),))
 
 
+@case("Compiled", "compiled and called before the context", EITHER, "compile", identical=False)
+def compiled_warm():
+    torch._dynamo.reset()
+    model, x = small(), torch.randn(5, 4, 6)
+    compiled = torch.compile(model, backend="aot_eager")
+    wave(compiled(x)).backward()
+    model.zero_grad(set_to_none=True)
+    return Problem(model, (x,), inside=lambda model, inputs, shared: wave(compiled(*inputs)))
+
+
+@case("Compiled", "the context given the compiled model", EITHER, "compile", identical=False)
+def compiled_given():
+    torch._dynamo.reset()
+    return Problem(torch.compile(small(), backend="aot_eager"), (torch.randn(5, 4, 6),))
+
+
 @case("Compiled", "a compiled submodule", EITHER, "compile", identical=False)
 def compiled_part():
     class Part(nn.Module):
