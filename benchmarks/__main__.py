@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks run|report|gpu|list`."""
+"""Command line: `python -m benchmarks run|report|gpu|tune|list`."""
 
 import argparse
 import sys
@@ -46,8 +46,34 @@ def parser() -> argparse.ArgumentParser:
     lent.add_argument("--force", action="store_true", help="also groups whose results are up to date")
     lent.add_argument("--dry-run", action="store_true", help="on a CPU, tiny shapes, results thrown away")
 
+    tables = commands.add_parser("tune", help="time other configurations than those in the launchers' tables")
+    tables.add_argument("families", nargs="*", metavar="FAMILY", help="default all: tile, stream, split, block, ...")
+    tables.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    tables.add_argument("--time-limit", type=float, default=540.0, metavar="SECONDS")
+    tables.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
+    tables.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU interpreted: measures nothing")
+
     commands.add_parser("list", help="the groups and their cases")
     return main
+
+
+def _tune(args: argparse.Namespace, device: torch.device) -> int:
+    from benchmarks import tune  # needs Triton
+
+    unknown = [name for name in args.families if name not in tune.FAMILIES]
+    if unknown:
+        print(f"the families are {', '.join(tune.FAMILIES)}; got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    out = args.out or records.RESULTS / records.device_slug(device)
+    try:
+        document, lines = tune.run(
+            args.families or list(tune.FAMILIES), device, out, quick=args.quick, time_limit=args.time_limit
+        )
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return int(any(record["current"] and record["status"] == "failed" for record in document["records"]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     wanted = getattr(args, "device", "auto")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+    if args.command == "tune":
+        return _tune(args, device)
     if args.command == "list":
         for group in GROUPS.values():
             print(f"{group.name}: {group.title}")

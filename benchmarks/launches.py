@@ -43,7 +43,10 @@ class Launch(NamedTuple):
 
 
 class _Driver:
-    """The part of a Triton driver that a launch asks."""
+    """The part of a Triton driver that a launch asks; `log` receives the launches, unless it is None."""
+
+    def __init__(self, log: list[Launch] | None) -> None:
+        self.log = log
 
     def get_current_device(self) -> int:
         return _DEVICE
@@ -56,14 +59,13 @@ class _Driver:
 
 
 class _Kernel:
-    """Takes the place of a compiled kernel; `log` receives its launches, unless it is None."""
+    """Takes the place of a compiled kernel."""
 
     function = 0
     packed_metadata = ()
 
-    def __init__(self, source: ASTSource, num_warps: int, log: list[Launch] | None) -> None:
-        self.source, self.num_warps, self.log = source, num_warps, log
-        self.name = source.fn.__name__
+    def __init__(self, source: ASTSource, num_warps: int) -> None:
+        self.source, self.num_warps = source, num_warps
 
     def launch_metadata(self, grid, stream, *arguments) -> None:
         return None
@@ -71,8 +73,15 @@ class _Kernel:
     def run(
         self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments
     ) -> None:
-        if self.log is not None:
-            self.log.append(Launch(self.name, (x, y, z), self.num_warps, self.source, arguments))
+        log = triton.runtime.driver.active.log
+        if log is not None:
+            log.append(Launch(self.source.fn.__name__, (x, y, z), self.num_warps, self.source, arguments))
+
+
+def _compile_nothing(self, key, signature, device, constexprs, options, attrs, warmup) -> _Kernel:
+    kernel = _Kernel(ASTSource(self, signature, constexprs, attrs), options.num_warps)
+    self.device_caches[device][0][key] = kernel
+    return kernel
 
 
 @contextmanager
@@ -83,31 +92,23 @@ def stand_in(log: list[Launch] | None) -> Iterator[None]:
     """
     if dispatch.triton_interpreted():
         raise RuntimeError("launches are recorded without TRITON_INTERPRET=1; it is set")
-    made: list[JITFunction] = []
-
-    def compile_nothing(self, key, signature, device, constexprs, options, attrs, warmup):
-        kernel = _Kernel(ASTSource(self, signature, constexprs, attrs), options.num_warps, log)
-        self.device_caches[device][0][key] = kernel
-        made.append(self)
-        return kernel
-
-    served = {key: dispatch._EAGER.get(key) for key in (("triton", "cpu"), ("auto", "cpu"))}
+    served = (("triton", "cpu"), ("auto", "cpu"))
     config: Any = triton.runtime.driver
-    before = config._active, JITFunction._do_compile, runtime.CPU_MULTIPROCESSORS
-    config._active, JITFunction._do_compile, runtime.CPU_MULTIPROCESSORS = _Driver(), compile_nothing, MULTIPROCESSORS
+    before = config._active, JITFunction._do_compile, runtime.CPU_MULTIPROCESSORS, dict(dispatch._EAGER)
+    config._active, JITFunction._do_compile, runtime.CPU_MULTIPROCESSORS = (
+        _Driver(log),
+        _compile_nothing,
+        MULTIPROCESSORS,
+    )
     dispatch._EAGER.update(dict.fromkeys(served, kernels))
     runtime.multiprocessors.cache_clear()
     try:
         yield
     finally:
-        config._active, JITFunction._do_compile, runtime.CPU_MULTIPROCESSORS = before
-        for key, implementation in served.items():
-            dispatch._EAGER.pop(key)
-            if implementation is not None:
-                dispatch._EAGER[key] = implementation
+        config._active, JITFunction._do_compile, runtime.CPU_MULTIPROCESSORS, eager = before
+        dispatch._EAGER.clear()
+        dispatch._EAGER.update(eager)
         runtime.multiprocessors.cache_clear()
-        for function in made:
-            function.device_caches.pop(_DEVICE, None)
 
 
 def record(call: Callable[[], Any]) -> list[Launch]:
@@ -119,7 +120,7 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
 
 def host_cost(call: Callable[[], Any], calls: int = 500, rounds: int = 15) -> float:
-    """Microseconds of Python that `call` takes once it is warm: the best round's mean, as other processes only add to it."""
+    """Microseconds of this thread's CPU time that `call` takes once it is warm: the mean of the best round."""
     with stand_in(None):
         for _ in range(20):
             call()
@@ -128,10 +129,10 @@ def host_cost(call: Callable[[], Any], calls: int = 500, rounds: int = 15) -> fl
         gc.disable()
         try:
             for _ in range(rounds):
-                start = time.perf_counter()
+                start = time.thread_time()
                 for _ in range(calls):
                     call()
-                best = min(best, time.perf_counter() - start)
+                best = min(best, time.thread_time() - start)
         finally:
             if collecting:
                 gc.enable()

@@ -1,6 +1,9 @@
 """Launches of the public calls, recorded without a GPU: how many, in which order, with which grids; and their Python cost."""
 
+import functools
 import os
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,8 +12,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has no driver to stand in for", allow_module_level=True)
 
-from adaselect_kernels import dispatch, fused_select, per_sample_stats, reference, select_topk
-from benchmarks.launches import cpu_batch, host_cost, record
+import triton
+import triton.language as tl
+from triton import knobs
+
+from adaselect_kernels import AdaSelectionState, dispatch, fused_select, per_sample_stats, reference, select_topk
+from adaselect_kernels.kernels import runtime
+from benchmarks.launches import cpu_batch, host_cost, record, stand_in
 
 RADIX_SELECT = ["digit_kernel"] * 4 + ["compact_kernel"]  # float32: four digits of 8 bits
 LARGE_BATCH = ["moments_kernel", "sums_kernel", "scores_kernel"]
@@ -82,3 +90,168 @@ def test_host_cost_counts_the_work_of_the_call():
     two = host_cost(lambda: (once(), once()), calls=50, rounds=5)
     assert 1.0 < one < 10_000.0
     assert 1.3 < two / one < 3.0
+
+
+# --- launches that skip Triton's dispatch ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "option"])
+def probe_kernel(a_ptr, b_ptr, n, stride, option: tl.int64, FLAG: tl.constexpr, BLOCK: tl.constexpr):
+    """Every kind of parameter the launchers have."""
+
+
+@triton.jit
+def specialising_kernel(a_ptr, option: tl.int64, BLOCK: tl.constexpr):
+    """What a launch must refuse: Triton looks at the value of an option."""
+
+
+class Pointer:
+    """A tensor as far as a launch looks at it."""
+
+    def __init__(self, address=1 << 20, dtype=torch.float32, device=-1):
+        self.address, self.dtype, self.device = address, dtype, device
+
+    def data_ptr(self):
+        return self.address
+
+    def get_device(self):
+        return self.device
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """How many launches went through Triton's dispatch."""
+    count = []
+    dispatch_ = runtime.Launch._dispatch
+    monkeypatch.setattr(runtime.Launch, "_dispatch", lambda *args: (count.append(1), dispatch_(*args))[1])
+    return count
+
+
+def probe(n=100, stride=3, flag=True, block=16):
+    return runtime.Launch(probe_kernel, (7,), (n, stride), {"FLAG": flag, "BLOCK": block}, 4)
+
+
+def plain(launch):
+    """A recorded launch in terms of what runs: the specialised source and the arguments, tensors as addresses."""
+    arguments = tuple(getattr(argument, "data_ptr", lambda a=argument: a)() for argument in launch.arguments)
+    source = launch.source
+    specialised = {key: value for key, value in source.attrs.items() if value}
+    return launch.kernel, launch.grid, launch.num_warps, source.signature, source.constants, specialised, arguments
+
+
+def test_a_direct_launch_is_the_one_triton_would_make(monkeypatch):
+    """All that Triton specialises on: alignment, types, integers that are 1, multiples of 16, or need 64 bits."""
+    seed = int(os.environ.get("ADASELECT_TEST_SEED", random.SystemRandom().getrandbits(32)))
+    draw = random.Random(seed)
+    integers = (1, 0, 7, 16, 48, 2**31 - 1, 2**31, 2**31 + 16, -100)
+    probes = [probe(draw.choice(integers), draw.choice(integers), draw.random() < 0.5) for _ in range(30)]
+    sources = set()
+    for _ in range(600):
+        launch = draw.choice(probes)
+        addresses = [draw.choice((4096, 4096 + 16, 4096 + 4, 4096 + 8)) for _ in range(2)]
+        tensors = [Pointer(address, draw.choice((torch.float32, torch.int64))) for address in addresses]
+        options = (draw.choice((0, 1, 16, 2**40, -(2**63))),)
+        call = functools.partial(launch, *tensors, options=options)
+        monkeypatch.setattr(runtime, "DIRECT", True)
+        (direct,) = record(call)
+        monkeypatch.setattr(runtime, "DIRECT", False)
+        (right,) = record(call)
+        assert plain(direct) == plain(right), f"ADASELECT_TEST_SEED={seed}"
+        sources.add(str(plain(right)[3:6]))
+    assert len(sources) > 20
+
+
+def test_options_that_triton_would_specialise_on_are_refused():
+    with pytest.raises(TypeError, match="specialises on an option"):
+        runtime.Launch(specialising_kernel, (1,), (), {"BLOCK": 16}, 4)
+
+
+def test_launches_alike_are_dispatched_once(dispatched):
+    launch = probe()
+
+    def twice(*tensors):
+        dispatched.clear()
+        record(lambda: [launch(*tensors, options=(i,)) for i in range(2)])
+        return len(dispatched)
+
+    assert twice(Pointer(), Pointer()) == 1
+    assert twice(Pointer(), Pointer()) == 0
+    assert twice(Pointer(), Pointer(dtype=torch.float64)) == 1
+    assert twice(Pointer(device=0), Pointer(device=0)) == 1
+    assert twice(Pointer(device=1), Pointer(device=1)) == 1
+    assert twice(Pointer(), Pointer((1 << 20) + 8)) == 2, "a tensor that is not aligned must be looked at every time"
+    with pytest.raises(TypeError):
+        record(lambda: launch(Pointer(), Pointer()))  # an option is missing
+
+
+def test_a_profiler_sees_every_launch(dispatched):
+    launch = probe()
+    record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+    dispatched.clear()
+
+    def hook(metadata):
+        return None
+
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        chain.add(hook)
+        record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+        chain.remove(hook)
+    assert len(dispatched) == 2
+    record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+    assert len(dispatched) == 2
+
+
+def test_public_calls_launch_alike_with_and_without_dispatch(generator, monkeypatch):
+    """Repeated calls, in the layouts that change a specialisation, one after the other on the same remembered plans."""
+    flat = torch.randn(16 * 24 + 1, generator=generator)
+    aligned, misaligned = flat[:-1].view(16, 24), flat[1:].view(16, 24)
+    transposed = flat[:-1].view(24, 16).t()
+    one_column = flat[:16].view(16, 1)
+    targets = torch.zeros(16, dtype=torch.int64)
+    state = AdaSelectionState.create(("big_loss", "small_loss", "uniform"), seed=2**63 + 1)
+
+    def launches():
+        kept = []  # addresses are compared: nothing may be freed and used again within a round
+
+        def calls():
+            for logits in (aligned, misaligned, transposed, one_column, aligned.double(), aligned):
+                for t in (targets, targets.int(), targets[:1].expand(16)):
+                    kept.append(fused_select(logits, t, 0.3, state=state, order="score", impl="triton"))
+                    kept.append(per_sample_stats(logits, t, impl="triton"))
+                kept.append(select_topk(logits[:, 0], 3, impl="triton"))
+
+        return [plain(launch) for launch in record(calls)]
+
+    runtime.forget()
+    first, direct = launches(), launches()
+    monkeypatch.setattr(runtime, "DIRECT", False)
+    dispatched = launches()
+    inputs = {t.data_ptr() for t in (aligned, misaligned, transposed, one_column, targets, state.buffer)}
+    for a, b, c in zip(first, direct, dispatched, strict=True):
+        assert a[:6] == b[:6] == c[:6]
+        for x, y, z in zip(a[6], b[6], c[6], strict=True):
+            assert x == y == z or not {x, y, z} & inputs
+    assert any(not launch[5].get((0,)) for launch in first), "no launch had a tensor that is not aligned"
+
+
+def test_threads_share_what_is_remembered():
+    logits, targets = cpu_batch(64, 10)
+    runtime.forget()
+    with ThreadPoolExecutor(8) as pool:
+
+        def work(_):
+            return fused_select(logits, targets, 0.3, impl="triton")
+
+        log = []
+        with stand_in(log):
+            list(pool.map(work, range(400)))
+    assert len(log) == 400
+    assert len({str(plain(launch)[:6]) for launch in log}) == 1
+
+
+def test_a_direct_launch_costs_a_fraction_of_a_dispatched_one(monkeypatch):
+    launch = probe()
+    tensors = (Pointer(), Pointer())
+    direct = host_cost(lambda: launch(*tensors, options=(0,)), calls=100, rounds=5)
+    monkeypatch.setattr(runtime, "DIRECT", False)
+    assert direct < 0.6 * host_cost(lambda: launch(*tensors, options=(0,)), calls=100, rounds=5)

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, fused_select, reference
 from adaselect_kernels.functional import baseline_select, per_sample_stats, select_from_losses, select_topk
-from adaselect_kernels.kernels import batch_stage, fused, maths, row_stats, runtime, select
+from adaselect_kernels.kernels import batch_stage, maths, row_stats, runtime, select
 from adaselect_kernels.options import METHODS, STATS
 from tests.oracle import assert_within_budget, check_fused_select, naive_stats, oracle_stats
 
@@ -28,25 +28,25 @@ def triton_select(*args, **kwargs):
     return fused_select(*args, impl="triton", **kwargs)
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Tests change what launches are made of."""
+    runtime.forget()
+    yield
+    runtime.forget()
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels launched, in order, with their grids and constants."""
     log = []
+    dispatched = runtime.Launch._dispatch
 
-    class Recorder:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
+    def record(launch, tensors, options):
+        log.append((launch.kernel.fn.__name__.removesuffix("_kernel"), launch.grid, launch.constants))
+        return dispatched(launch, tensors, options)
 
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                log.append((self.name, grid, kwargs))
-                return self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    for module in (row_stats, select, batch_stage, fused):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Recorder(name.removesuffix("_kernel"), getattr(module, name)))
+    monkeypatch.setattr(runtime.Launch, "_dispatch", record)
     return log
 
 
@@ -87,7 +87,8 @@ def check_stats(logits, targets, stats=STATS, ignore_index=-100, label_smoothing
         (9, 17000, "stream"),  # the widest block, not split: many rows
     ],
 )
-def test_row_stats(generator, launches, dtype, n, classes, kernel):
+def test_row_stats(generator, launches, monkeypatch, dtype, n, classes, kernel):
+    monkeypatch.setitem(row_stats.SPLITS, 2**31, row_stats.SPLITS[2**31]._replace(programs=16))
     check_stats(*batch(generator, n, classes, dtype=dtype), label_smoothing=0.1)
     if dtype == torch.float64 and classes == 301:
         kernel = "tile"  # one float64 is wide enough a load
@@ -101,7 +102,7 @@ def test_few_long_rows_are_split(generator, launches, dtype):
     (name, grid, constants), *_ = launches
     assert name == "stream"
     assert grid[0] > 2
-    assert constants["MAX_SPLITS"] == row_stats.MAX_SPLITS
+    assert constants["MAX_SPLITS"] == row_stats.SPLITS[2**31].most
     assert not runtime.counters(torch.device("cpu"), 1).any(), "a counter was left behind"
 
 
@@ -433,8 +434,8 @@ def test_equal_losses_tie_exactly(n):
 
 def test_more_than_half_a_block_a_program(monkeypatch, generator):
     """Programs that walk several blocks, as those of more than a million rows do."""
-    for module in (batch_stage, select):
-        monkeypatch.setattr(module, "MAX_PROGRAMS", 2)
+    for table in (batch_stage.LARGE, select.RADIX):
+        monkeypatch.setitem(table, 2**31, table[2**31]._replace(programs=2))
     losses = torch.rand(9000, generator=generator)
     got = select_from_losses(losses, 0.3, methods=METHODS[:2] + METHODS[3:], impl="triton")
     oracle = select_from_losses(losses.double(), 0.3, methods=METHODS[:2] + METHODS[3:], impl="reference")

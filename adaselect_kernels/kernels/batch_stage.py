@@ -8,8 +8,8 @@ does all three; beyond, each step is a launch whose last program combines the ot
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,11 +26,12 @@ from adaselect_kernels.kernels.maths import (
     ordered_key,
     strided_offset,
 )
-from adaselect_kernels.kernels.runtime import Compilation, counters, launch_device, next_power_of_2
+from adaselect_kernels.kernels.runtime import Compilation, Launch, cached, ceil_div, counters, launch_device, up_to
 from adaselect_kernels.kernels.select import (
     ALL_ROWS_RANKED,
-    MAX_PROGRAMS,
     ONE_PROGRAM_ROWS,
+    RadixTuning,
+    block_size,
     block_warps,
     chunks,
     select_block,
@@ -654,14 +655,14 @@ def copy_rows_kernel(from_ptr, to_ptr, chosen_ptr, k, BLOCK: tl.constexpr):
     tl.store(to_ptr + rows, tl.load(from_ptr + rows, mask=position < k, other=0.0), mask=position < k)
 
 
-LARGE_BLOCK = (
-    1024  # 4 rows a thread of 8 warps: noise and six exponentials a row want many rows in flight, not registers
-)
-LARGE_WARPS = 8
-MOVE_BLOCK = 1024
+# By the most rows. 4 rows a thread: noise and six exponentials a row want many warps, not registers. The program that
+# arrives last combines the others' partials in one block.
+LARGE = {2**31: RadixTuning(block=1024, warps=8, programs=1024)}
+MOVE_BLOCK, MOVE_WARPS = 1024, 4
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)  # equal by identity: a key of launches that costs nothing to compare
+class Plan:
     """What a launch takes from methods and options: flags that choose code, and numbers as float64 patterns."""
 
     methods: tuple[int, ...]
@@ -676,11 +677,18 @@ class Plan(NamedTuple):
 
 
 def make_plan(methods: Sequence[int], has_state: bool, options: Sequence[float]) -> Plan:
-    # NaN is not equal to itself and would never be found again
-    return _make_plan(tuple(methods), has_state, tuple(None if value != value else value for value in options))
+    options = tuple(options)
+    power = options[_POWER]
+    if power != power:
+        # NaN is not equal to itself and would never be found again
+        options = (*options[:_POWER], None, *options[_POWER + 1 :])
+    return _make_plan(tuple(methods), has_state, options)
 
 
-@lru_cache(maxsize=1024)
+_POWER = PackedOptions._fields.index("curriculum_power")
+
+
+@cached
 def _make_plan(methods: tuple[int, ...], has_state: bool, options: tuple) -> Plan:
     opts = PackedOptions.unpack(options)
     codes = sum(method << (4 * i) for i, method in enumerate(methods))
@@ -724,7 +732,7 @@ class Rows(NamedTuple):
         losses = self.losses
         return losses, losses if self.grads is None else self.grads, losses if self.valid is None else self.valid
 
-    def strides(self) -> tuple[int, int, int, int, int, int]:
+    def shape(self) -> "RowsShape":
         stride_grad = 0 if self.grads is None else self.grads.stride(0)
         if self.valid is None:
             valid = (1, 0, 0)
@@ -732,10 +740,20 @@ class Rows(NamedTuple):
             valid = (self.valid.shape[1], *self.valid.stride())
         else:
             valid = (1, self.valid.stride(0), 0)
-        return self.losses.stride(0), stride_grad, *valid, self.invalid_value
+        strides = self.losses.stride(0), stride_grad, *valid, self.invalid_value
+        return RowsShape(self.losses.shape[0], strides, self.grads is not None, self.valid is not None)
 
-    def flags(self) -> dict[str, bool]:
-        return {"HAS_GRAD": self.grads is not None, "HAS_VALID": self.valid is not None}
+
+class RowsShape(NamedTuple):
+    """What a launch takes from Rows besides the tensors."""
+
+    n: int
+    strides: tuple[int, ...]  # of losses and grads, valid's inner size and strides, and the invalid value
+    has_grad: bool
+    has_valid: bool
+
+    def flags(self) -> dict[str, Any]:
+        return {"HAS_GRAD": self.has_grad, "HAS_VALID": self.has_valid}
 
 
 def one_program(
@@ -747,20 +765,26 @@ def one_program(
     scores = torch.empty(n, dtype=torch.float32, device=device)
     n_valid = torch.empty((), dtype=torch.int64, device=device)
     indices = n_valid if order is None else torch.empty(k, dtype=torch.int64, device=device)
-    block = max(16, next_power_of_2(n))
     by_score = order == "score" and k > 1
-    ranked = by_score and block <= ALL_ROWS_RANKED.value
+    ranked = by_score and n <= ALL_ROWS_RANKED.value
+    launch = _batch_launch(rows.shape(), plan, k, order is not None, ranked, out_losses is not None)
     with launch_device(losses):
-        batch_kernel[(1,)](
+        launch(
             *rows.tensors(), losses if state is None else state, scores, n_valid, indices,
-            scores if out_losses is None else out_losses, n, k, *rows.strides(),
-            seed, plan.beta, plan.temperature, plan.floor, plan.power,
-            **rows.flags(), **plan.flags, SELECT=order is not None, BY_SCORE=ranked, COPY_LOSSES=out_losses is not None,
-            BLOCK=block, num_warps=block_warps(block),
+            scores if out_losses is None else out_losses,
+            options=(seed, plan.beta, plan.temperature, plan.floor, plan.power),
         )  # fmt: skip
         if by_score and not ranked:
             indices = sort_chosen(scores, indices, True)
     return scores, n_valid, indices
+
+
+@cached
+def _batch_launch(shape: RowsShape, plan: Plan, k: int, select: bool, ranked: bool, copy_losses: bool) -> Launch:
+    block = block_size(shape.n)
+    constants = shape.flags() | plan.flags
+    constants |= {"SELECT": select, "BY_SCORE": ranked, "COPY_LOSSES": copy_losses, "BLOCK": block}
+    return Launch(batch_kernel, (1,), (shape.n, k, *shape.strides), constants, block_warps(block))
 
 
 def many_programs(rows: Rows, state: Tensor | None, plan: Plan, k: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -769,10 +793,8 @@ def many_programs(rows: Rows, state: Tensor | None, plan: Plan, k: int, seed: in
     n, device = losses.shape[0], losses.device
     scores = torch.empty(n, dtype=torch.float32, device=device)
     n_valid = torch.empty((), dtype=torch.int64, device=device)
-    flags = plan.flags
     with launch_device(losses):
-        summary, partials, arrivals, (programs, iterations) = _moments(rows, state, plan, n_valid)
-        sized = {"BLOCK": LARGE_BLOCK, "MAX_PROGRAMS": MAX_PROGRAMS, "num_warps": LARGE_WARPS}
+        summary, partials, arrivals = _moments(rows, state, plan, n_valid)
         if not plan.baseline:
             given = summary
             if plan.selected:
@@ -780,41 +802,61 @@ def many_programs(rows: Rows, state: Tensor | None, plan: Plan, k: int, seed: in
                 for i, method in enumerate(plan.methods):
                     chosen = baseline_choice(rows, method, summary, k, seed)
                     _chosen_loss(rows, chosen, partials, arrivals, given[i])
-            sums_kernel[(programs,)](
+            _sums_launch(rows.shape(), plan)(
                 *rows.tensors(), losses if state is None else state, given, partials, arrivals, summary,
-                n, iterations, programs, *rows.strides(), seed, plan.beta, plan.temperature, plan.floor,
-                **rows.flags(), METHOD_CODES=flags["METHOD_CODES"], M=flags["M"], USED=flags["USED"],
-                HAS_STATE=flags["HAS_STATE"], GIVEN=plan.selected, STANDARDIZE=flags["STANDARDIZE"],
-                LOG_RATIO=flags["LOG_RATIO"], HAS_FLOOR=flags["HAS_FLOOR"], **sized,
+                options=(seed, plan.beta, plan.temperature, plan.floor),
             )  # fmt: skip
         _scores(rows, summary, scores, plan, plan.methods[0] if plan.baseline else -1, seed)
     return scores, n_valid
 
 
-def _moments(rows: Rows, state: Tensor | None, plan: Plan, n_valid: Tensor):
+def _moments(rows: Rows, state: Tensor | None, plan: Plan, n_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """summary, and the scratch of the launches after it: partials and arrivals."""
     losses = rows.losses
-    n, device = losses.shape[0], losses.device
-    sizes = chunks(n, LARGE_BLOCK)
+    device = losses.device
+    launch = _moments_launch(rows.shape(), plan, state is not None)
     summary = torch.empty(SUMMARY.value, dtype=torch.float64, device=device)
-    partials = torch.empty((2 * LANES.value + 1) * sizes.programs, dtype=torch.float64, device=device)
+    partials = torch.empty((2 * LANES.value + 1) * launch.grid[0], dtype=torch.float64, device=device)
     arrivals = counters(device, 1)
-    moments_kernel[(sizes.programs,)](
-        *rows.tensors(), losses if state is None else state, partials, arrivals, summary, n_valid,
-        n, sizes.iterations, sizes.programs, *rows.strides(), **rows.flags(),
-        M=plan.flags["M"], HAS_STATE=plan.flags["HAS_STATE"], ADVANCE=plan.baseline and state is not None,
-        BLOCK=LARGE_BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=LARGE_WARPS,
-    )  # fmt: skip
-    return summary, partials, arrivals, sizes
+    launch(*rows.tensors(), losses if state is None else state, partials, arrivals, summary, n_valid)
+    return summary, partials, arrivals
+
+
+def _large(kernel, shape: RowsShape, constants: dict[str, Any], *before: int) -> Launch:
+    """A launch whose programs share all rows: counts, iterations and programs, then the strides."""
+    tuning = up_to(LARGE, shape.n)
+    programs, iterations = chunks(shape.n, tuning.block, tuning.programs)
+    constants = shape.flags() | constants | {"BLOCK": tuning.block, "MAX_PROGRAMS": tuning.programs}
+    integers = (shape.n, *before, iterations, programs, *shape.strides)
+    return Launch(kernel, (programs,), integers, constants, tuning.warps)
+
+
+@cached
+def _moments_launch(shape: RowsShape, plan: Plan, has_state: bool) -> Launch:
+    constants = {"M": plan.flags["M"], "HAS_STATE": plan.flags["HAS_STATE"], "ADVANCE": plan.baseline and has_state}
+    return _large(moments_kernel, shape, constants)
+
+
+_SUMS_FLAGS = ("METHOD_CODES", "M", "USED", "HAS_STATE", "STANDARDIZE", "LOG_RATIO", "HAS_FLOOR")
+_SCORES_FLAGS = ("USED", "STANDARDIZE", "CURRICULUM")
+
+
+@cached
+def _sums_launch(shape: RowsShape, plan: Plan) -> Launch:
+    return _large(sums_kernel, shape, {"GIVEN": plan.selected, **{name: plan.flags[name] for name in _SUMS_FLAGS}})
 
 
 def _scores(rows: Rows, summary: Tensor, out: Tensor, plan: Plan, key_method: int, seed: int) -> None:
-    flags = plan.flags
-    n = rows.losses.shape[0]
-    scores_kernel[(triton.cdiv(n, LARGE_BLOCK),)](
-        *rows.tensors(), summary, out, n, *rows.strides(), seed, plan.temperature, plan.power,
-        **rows.flags(), KEY_METHOD=key_method, USED=flags["USED"], STANDARDIZE=flags["STANDARDIZE"],
-        CURRICULUM=flags["CURRICULUM"], BLOCK=LARGE_BLOCK, num_warps=LARGE_WARPS,
-    )  # fmt: skip
+    launch = _scores_launch(rows.shape(), plan, key_method)
+    launch(*rows.tensors(), summary, out, options=(seed, plan.temperature, plan.power))
+
+
+@cached
+def _scores_launch(shape: RowsShape, plan: Plan, key_method: int) -> Launch:
+    tuning = up_to(LARGE, shape.n)
+    constants = shape.flags() | {"KEY_METHOD": key_method, "BLOCK": tuning.block}
+    constants |= {name: plan.flags[name] for name in _SCORES_FLAGS}
+    return Launch(scores_kernel, (ceil_div(shape.n, tuning.block),), (shape.n, *shape.strides), constants, tuning.warps)
 
 
 _NO_OPTIONS = PackedOptions(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, math.nan, 0.0, 1.0)
@@ -838,17 +880,22 @@ def baseline_choice(rows: Rows, method: int, summary: Tensor, k: int, seed: int)
     if k == 1:
         return largest
     key = _key(rows, "small_loss", summary, seed)
-    strike_kernel[(triton.cdiv(k - k // 2, MOVE_BLOCK),)](key, largest, k - k // 2, BLOCK=MOVE_BLOCK, num_warps=4)
+    _move_launch(strike_kernel, k - k // 2)(key, largest)
     return torch.cat([largest, select_topk(key, k // 2, True, "index")])
 
 
+@cached
+def _move_launch(kernel, k: int) -> Launch:
+    return Launch(kernel, (ceil_div(k, MOVE_BLOCK),), (k,), {"BLOCK": MOVE_BLOCK}, MOVE_WARPS)
+
+
 def _chosen_loss(rows: Rows, chosen: Tensor, partials: Tensor, arrivals: Tensor, out: Tensor) -> None:
-    k = chosen.shape[0]
-    programs, iterations = chunks(k, LARGE_BLOCK)
-    chosen_loss_kernel[(programs,)](
-        *rows.tensors(), chosen, partials, arrivals, out, k, rows.losses.shape[0], iterations, programs,
-        *rows.strides(), **rows.flags(), BLOCK=LARGE_BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=LARGE_WARPS,
-    )  # fmt: skip
+    _chosen_loss_launch(rows.shape(), chosen.shape[0])(*rows.tensors(), chosen, partials, arrivals, out)
+
+
+@cached
+def _chosen_loss_launch(shape: RowsShape, k: int) -> Launch:
+    return _large(chosen_loss_kernel, shape._replace(n=k), {}, shape.n)
 
 
 def choose_coreset1(rows: Rows, scores: Tensor, k: int, order: str, seed: int) -> Tensor:
@@ -860,7 +907,7 @@ def choose_coreset1(rows: Rows, scores: Tensor, k: int, order: str, seed: int) -
         chosen = baseline_choice(rows, _CORESET1, summary, k, seed)
         # scores of the chosen rows, NaN (after every number) elsewhere
         masked = torch.full_like(scores, math.nan)
-        copy_rows_kernel[(triton.cdiv(k, MOVE_BLOCK),)](scores, masked, chosen, k, BLOCK=MOVE_BLOCK, num_warps=4)
+        _move_launch(copy_rows_kernel, k)(scores, masked, chosen)
     return select_topk(masked, k, True, order)
 
 
@@ -925,6 +972,7 @@ SHIPPED_PLANS = {  # the lightest code and the heaviest, which everything else l
 
 def shipped() -> Iterator[Compilation]:
     """Every block size of the one-program batch and every step of the large one, for float32 and float64 losses."""
+    large = LARGE[2**31]
     for pointee in ("fp32", "fp64"):
         inputs = {"losses_ptr": pointee, "grads_ptr": pointee, "valid_ptr": "i64"}
         ones = ("stride_loss", "stride_grad", "valid_inner", "stride_valid_outer")
@@ -942,14 +990,14 @@ def shipped() -> Iterator[Compilation]:
                         "BLOCK": block,
                     }, block_warps(block), ones=ones,
                 )  # fmt: skip
-            sized = {"BLOCK": LARGE_BLOCK, "MAX_PROGRAMS": MAX_PROGRAMS}
+            sized = {"BLOCK": large.block, "MAX_PROGRAMS": large.programs}
             flags = plan.flags
             launch = {"partials_ptr": "fp64", "arrivals_ptr": "i32", "summary_ptr": "fp64"}
             yield Compilation(
                 f"moments-{pointee}-{name}", moments_kernel,
                 inputs | launch | {"state_ptr": "fp64", "n_valid_ptr": "i64"},
                 row_flags | sized | {"M": flags["M"], "HAS_STATE": True, "ADVANCE": plan.baseline},
-                LARGE_WARPS, ones=ones,
+                large.warps, ones=ones,
             )  # fmt: skip
             if not plan.baseline:
                 for given in (False, True):
@@ -957,27 +1005,29 @@ def shipped() -> Iterator[Compilation]:
                         f"sums-{pointee}-{name}-{given}", sums_kernel,
                         inputs | launch | {"state_ptr": "fp64", "given_ptr": "fp64"},
                         row_flags | sized | {
-                            "GIVEN": given, **{key: flags[key] for key in (
-                                "METHOD_CODES", "M", "USED", "HAS_STATE", "STANDARDIZE", "LOG_RATIO", "HAS_FLOOR"
-                            )},
-                        }, LARGE_WARPS, ones=ones,
+                            "GIVEN": given, **{key: flags[key] for key in _SUMS_FLAGS},
+                        }, large.warps, ones=ones,
                     )  # fmt: skip
             yield Compilation(
                 f"scores-{pointee}-{name}", scores_kernel, inputs | {"summary_ptr": "fp64", "scores_ptr": "fp32"},
                 row_flags | {
-                    "KEY_METHOD": plan.methods[0] if plan.baseline else -1, "BLOCK": LARGE_BLOCK,
-                    **{key: flags[key] for key in ("USED", "STANDARDIZE", "CURRICULUM")},
-                }, LARGE_WARPS, ones=ones,
+                    "KEY_METHOD": plan.methods[0] if plan.baseline else -1, "BLOCK": large.block,
+                    **{key: flags[key] for key in _SCORES_FLAGS},
+                }, large.warps, ones=ones,
             )  # fmt: skip
         yield Compilation(
             f"chosen-{pointee}", chosen_loss_kernel,
             inputs | {"chosen_ptr": "i64", "partials_ptr": "fp64", "arrivals_ptr": "i32", "mean_ptr": "fp64"},
-            {"HAS_GRAD": True, "HAS_VALID": True, **sized}, LARGE_WARPS, ones=ones,
+            {"HAS_GRAD": True, "HAS_VALID": True, **sized}, large.warps, ones=ones,
         )  # fmt: skip
         yield Compilation(
-            f"strike-{pointee}", strike_kernel, {"keys_ptr": pointee, "chosen_ptr": "i64"}, {"BLOCK": MOVE_BLOCK}, 4
+            f"strike-{pointee}",
+            strike_kernel,
+            {"keys_ptr": pointee, "chosen_ptr": "i64"},
+            {"BLOCK": MOVE_BLOCK},
+            MOVE_WARPS,
         )
     yield Compilation(
         "copy-rows", copy_rows_kernel, {"from_ptr": "fp32", "to_ptr": "fp32", "chosen_ptr": "i64"},
-        {"BLOCK": MOVE_BLOCK}, 4,
+        {"BLOCK": MOVE_BLOCK}, MOVE_WARPS,
     )  # fmt: skip

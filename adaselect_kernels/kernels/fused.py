@@ -2,6 +2,7 @@
 arrives last scores and selects for all of them. Other shapes run the row, batch and selection launches in turn."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,17 +12,15 @@ from torch import Tensor
 from adaselect_kernels.kernels.batch_stage import SHIPPED_PLANS, Plan, Rows, finish_batch, make_plan, score_rows
 from adaselect_kernels.kernels.maths import float64_from_bits, float_bits, last_to_arrive
 from adaselect_kernels.kernels.row_stats import (
+    make_layout,
     mean_over_positions,
     row_stats,
-    row_strides,
     stats_code,
     tile_config,
     tile_rows,
-    uses_tile,
-    vector_width,
 )
-from adaselect_kernels.kernels.runtime import Compilation, counters, launch_device, next_power_of_2
-from adaselect_kernels.kernels.select import ALL_ROWS_RANKED, ONE_PROGRAM_ROWS, block_warps, sort_chosen
+from adaselect_kernels.kernels.runtime import Compilation, Launch, cached, ceil_div, counters, launch_device
+from adaselect_kernels.kernels.select import ALL_ROWS_RANKED, ONE_PROGRAM_ROWS, block_size, block_warps, sort_chosen
 from adaselect_kernels.options import METHODS, STATS
 
 _LOSS, _GRAD_NORM = STATS.index("loss"), STATS.index("grad_norm")
@@ -69,62 +68,79 @@ def fused_kernel(
         )  # fmt: skip
 
 
+class _Single(NamedTuple):
+    """A batch that takes one launch."""
+
+    launch: Launch
+    n: int
+    smoothing: int  # as a float64 pattern
+    to_sort: bool  # the chosen rows come ascending and are wanted best first
+
+
+@cached
+def _single_launch(
+    shape: Sequence[int], strides: tuple[int, ...], target_strides: tuple[int, ...], dtype: torch.dtype, aligned: bool,
+    plan: Plan, k: int, unit: str, order: str, ignore_index: int, label_smoothing: float,
+) -> _Single | None:  # fmt: skip
+    """The single launch, or None where the batch takes several."""
+    layout = make_layout(shape, strides, target_strides, dtype, aligned)
+    n, classes = layout.n_rows, layout.classes
+    per_row = len(shape) == 2 or unit == "token"
+    both_ends = plan.baseline and plan.methods[0] == _CORESET1
+    if not per_row or n > ONE_PROGRAM_ROWS or plan.selected or both_ends or not layout.uses_tile:
+        return None
+    block = block_size(n)
+    num_warps = block_warps(block)
+    config = tile_config(classes, layout.vec, dtype.itemsize, num_warps)
+    by_score = order == "score" and k > 1
+    ranked = by_score and n <= ALL_ROWS_RANKED.value
+    _, want = stats_code((_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,), label_smoothing)
+    constants = {
+        "WANT": want, **config._asdict(), "HAS_GRAD": plan.has_grad, **plan.flags, "SELECT": True, "BY_SCORE": ranked,
+        "COPY_LOSSES": dtype == torch.float64, "BLOCK": block,
+    }  # fmt: skip
+    integers = (n, k, *layout.tile_integers(), ignore_index)
+    launch = Launch(fused_kernel, (ceil_div(n, config.BLOCK_N),), integers, constants, num_warps)
+    return _Single(launch, n, float_bits(label_smoothing), by_score and not ranked)
+
+
 def fused_select(
     logits: Tensor, targets: Tensor, state: Tensor | None, methods: Sequence[int], k: int, unit: str, order: str,
     ignore_index: int, label_smoothing: float, seed: int, options: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     plan = make_plan(methods, state is not None, options)
-    per_row = logits.dim() == 2 or unit == "token"
-    classes = logits.shape[-1]
-    n = targets.numel() if per_row else targets.shape[0]
-    if per_row and n <= ONE_PROGRAM_ROWS and not plan.selected and not (plan.baseline and methods[0] == _CORESET1):
-        inner, strides, target_strides = row_strides(logits, targets)
-        vec = vector_width(logits, strides, classes)
-        if uses_tile(classes, vec, logits.element_size()):
-            return _one_launch(
-                logits, targets, state, plan, n, k, order, ignore_index, label_smoothing, seed,
-                vec, inner, strides, target_strides,
-            )  # fmt: skip
-    return _launches_in_turn(
-        logits, targets, state, plan, per_row, n, k, order, ignore_index, label_smoothing, seed, options
-    )
-
-
-def _one_launch(
-    logits, targets, state, plan: Plan, n, k, order, ignore_index, label_smoothing, seed,
-    vec, inner, strides, target_strides,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    device = logits.device
-    block = max(16, next_power_of_2(n))
-    num_warps = block_warps(block)
-    config = tile_config(logits.shape[-1], vec, logits.element_size(), num_warps)
-    out_losses, scores, grads = torch.empty((3, n), dtype=torch.float32, device=device).unbind(0)
+    single = _single_launch(
+        logits.shape, logits.stride(), targets.stride(), logits.dtype, logits.data_ptr() % 16 == 0,
+        plan, k, unit, order, ignore_index, label_smoothing,
+    )  # fmt: skip
+    if single is None:
+        return _launches_in_turn(
+            logits, targets, state, plan, k, unit, order, ignore_index, label_smoothing, seed, options
+        )
+    n, device = single.n, logits.device
+    scores = torch.empty(n, dtype=torch.float32, device=device)
+    out_losses = torch.empty_like(scores)
     indices = torch.empty(k, dtype=torch.int64, device=device)
     n_valid = torch.empty((), dtype=torch.int64, device=device)
-    losses = out_losses
-    if logits.dtype == torch.float64:
-        losses, grads = torch.empty((2, n), dtype=torch.float64, device=device).unbind(0)
-    by_score = order == "score" and k > 1
-    ranked = by_score and block <= ALL_ROWS_RANKED.value
-    _, want = stats_code((_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,), label_smoothing)
+    losses = torch.empty(n, dtype=torch.float64, device=device) if logits.dtype == torch.float64 else out_losses
+    grads = torch.empty_like(losses) if plan.has_grad else losses
     with launch_device(logits):
-        fused_kernel[(triton.cdiv(n, config.BLOCK_N),)](
+        single.launch(
             logits, targets, losses if state is None else state, losses, grads, counters(device, 1),
-            scores, n_valid, indices, out_losses, n, k, inner, logits.shape[-1],
-            strides[0] // vec, strides[1] // vec, strides[2], *target_strides,
-            ignore_index, float_bits(label_smoothing), seed, plan.beta, plan.temperature, plan.floor, plan.power,
-            WANT=want, **config._asdict(), HAS_GRAD=plan.has_grad, **plan.flags,
-            SELECT=True, BY_SCORE=ranked, COPY_LOSSES=losses is not out_losses, BLOCK=block, num_warps=num_warps,
+            scores, n_valid, indices, out_losses,
+            options=(single.smoothing, seed, plan.beta, plan.temperature, plan.floor, plan.power),
         )  # fmt: skip
-        if by_score and not ranked:
+        if single.to_sort:
             indices = sort_chosen(scores, indices, True)
     return indices, scores, out_losses, n_valid
 
 
 def _launches_in_turn(
-    logits, targets, state, plan: Plan, per_row, n, k, order, ignore_index, label_smoothing, seed, options
+    logits, targets, state, plan: Plan, k, unit, order, ignore_index, label_smoothing, seed, options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wanted = (_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,)
+    per_row = logits.dim() == 2 or unit == "token"
+    n = targets.numel() if per_row else targets.shape[0]
     if per_row:
         stats = row_stats(logits, targets, wanted, ignore_index, label_smoothing)
         valid, invalid_value = targets, ignore_index

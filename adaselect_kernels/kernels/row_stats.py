@@ -8,8 +8,8 @@ The target's column never enters the sums, so with m' = max_{j != y} z_j they ar
 the label margin comes for free and a confident row keeps its digits. `finish_row` brings them to m = max(m', z_y).
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,10 +30,13 @@ from adaselect_kernels.kernels.runtime import (
     TRITON_VERSION,
     WARP_SIZE,
     Compilation,
+    Launch,
+    cached,
+    ceil_div,
     counters,
     launch_device,
-    multiprocessors,
     next_power_of_2,
+    up_to,
 )
 from adaselect_kernels.options import STATS
 
@@ -276,8 +279,8 @@ def tile_kernel(
 @triton.jit(do_not_specialize=["n_rows", "classes", "ignore_index", "smoothing_bits", "splits"])
 def stream_kernel(
     logits_ptr, targets_ptr, out_ptr, partials_ptr, arrivals_ptr, n_rows, inner, classes,
-    stride_outer, stride_inner, stride_class, stride_target_outer, stride_target_inner, ignore_index, smoothing_bits: tl.int64,
-    splits,
+    stride_outer, stride_inner, stride_class, stride_target_outer, stride_target_inner, ignore_index, splits,
+    smoothing_bits: tl.int64,
     ORDER: tl.constexpr, S: tl.constexpr, WANT: tl.constexpr,
     VEC: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -437,29 +440,60 @@ class StreamConfig(NamedTuple):
     LANES: int
 
 
-# Threads a row, by the power of two that holds C. Few threads keep the arithmetic after the sums (done by each of them)
-# small; enough of them keep a row in at most 32 registers a thread.
-_THREADS_PER_ROW = {
-    16: 1,  # one thread, one row: neighbouring rows share cache lines, and nothing is shuffled
-    32: 2,
-    64: 4,
-    128: 4,
-    256: 8,
-    512: 16,
-    1024: 32,  # one warp, one row
-    2048: 32,  # 64 registers: still four warps a scheduler, and no reduction across warps
+class TileTuning(NamedTuple):
+    threads: int  # a row; more where a load would not fill a 32-byte sector
+    warps: int  # a program
+
+
+# By the power of two that holds C. Few threads a row keep the arithmetic after the sums (done by each of them) small;
+# enough of them keep a row in at most 32 registers a thread. Four warps a program: small programs even out the end.
+TILES = {
+    16: TileTuning(threads=1, warps=4),  # one thread, one row: neighbouring rows share cache lines, nothing is shuffled
+    32: TileTuning(threads=2, warps=4),
+    64: TileTuning(threads=4, warps=4),
+    128: TileTuning(threads=4, warps=4),
+    256: TileTuning(threads=8, warps=4),
+    512: TileTuning(threads=16, warps=4),
+    1024: TileTuning(threads=32, warps=4),  # one warp, one row
+    2048: TileTuning(threads=32, warps=4),  # 64 registers: four warps a scheduler, no reduction across warps
 }
 TILE_MAX_CLASSES = 2048  # beyond, a row would need reductions across warps: the stream does one, at its end
 UNALIGNED_TILE_MAX_CLASSES = 256  # rows without a vector width: beyond, the stream's aligned body reads wider
-TILE_WARPS = 4
-SPLIT_MIN_CLASSES = 16384  # a split must leave every program a few blocks
-MAX_SPLITS = 64
 
 
-@lru_cache(maxsize=1024)
+class StreamTuning(NamedTuple):
+    vectors: int  # of 16 bytes that a thread has in flight: four cover the latency of memory
+    warps: int  # a program, which has one row or a part of it
+
+
+# By the largest C.
+STREAMS = {
+    2048: StreamTuning(vectors=4, warps=1),  # unaligned rows of 257 to 2048 classes: a warp a row
+    16384: StreamTuning(vectors=4, warps=4),  # 8 to 64 KB a row: several rows a multiprocessor
+    2**31: StreamTuning(vectors=4, warps=8),
+}
+
+
+class SplitTuning(NamedTuple):
+    programs: int  # wanted of a launch
+    least_columns: int  # of a program
+    most: int  # programs a row: a power of two, which the last of them combines at once
+
+
+# By the largest C. Four programs on each of about 128 multiprocessors, a fixed number, so that sums do not depend on the
+# machine; fewer rows than half of them are split, into parts that are worth a launch's last-arrival pass.
+SPLITS = {
+    16383: SplitTuning(programs=512, least_columns=4096, most=1),  # a part would have less than a few blocks
+    2**31: SplitTuning(programs=512, least_columns=4096, most=64),
+}
+
+MEAN_BLOCK, MEAN_WARPS = 256, 4  # T is mostly 64 to 8192: a few rounds of coalesced loads
+
+
+@cached
 def tile_config(classes: int, vec: int, element_bytes: int, num_warps: int) -> TileConfig:
     block_c = max(16, next_power_of_2(classes))
-    threads = _THREADS_PER_ROW[block_c]
+    threads = TILES[block_c].threads
     if block_c > 16:
         threads = max(threads, 32 // (vec * element_bytes))  # each load of a row fills a 32-byte sector
     threads = min(threads, block_c // vec, WARP_SIZE)
@@ -467,45 +501,67 @@ def tile_config(classes: int, vec: int, element_bytes: int, num_warps: int) -> T
     return TileConfig(vec, max(1, block_c // width), num_warps * WARP_SIZE // threads, width)
 
 
-@lru_cache(maxsize=1024)
+def tile_warps(classes: int) -> int:
+    return TILES[max(16, next_power_of_2(classes))].warps
+
+
+@cached
 def stream_config(classes: int, element_bytes: int) -> tuple[StreamConfig, int]:
-    """The configuration and its warps. Four 16-byte loads a thread in flight cover the latency of memory."""
-    vec = 16 // element_bytes
-    if classes <= 2048:
-        num_warps = 1  # unaligned rows of 257 to 2048 classes: a warp a row
-    elif classes <= 16384:
-        num_warps = 4  # 8 to 64 KB a row: several rows a multiprocessor
-    else:
-        num_warps = 8
-    return StreamConfig(vec, 4, num_warps * WARP_SIZE), num_warps
+    """The configuration and its warps."""
+    tuning = up_to(STREAMS, classes)
+    return StreamConfig(16 // element_bytes, tuning.vectors, tuning.warps * WARP_SIZE), tuning.warps
 
 
-def vector_width(logits: Tensor, strides: Sequence[int], classes: int) -> int:
-    """Columns one load may take in every row: a power of two of at most 16 bytes that divides C and the row strides."""
-    if strides[2] != 1 or logits.data_ptr() % 16:
+def split_count(n_rows: int, classes: int) -> int:
+    """Programs a row."""
+    tuning = up_to(SPLITS, classes)
+    if n_rows * 2 > tuning.programs:
         return 1
-    return _vector_width(classes, strides[0], strides[1], logits.element_size())
+    return max(1, min(tuning.most, tuning.programs // n_rows, classes // tuning.least_columns))
 
 
-@lru_cache(maxsize=1024)
-def _vector_width(classes: int, stride_outer: int, stride_inner: int, element_bytes: int) -> int:
-    vec = 16 // element_bytes
-    while classes % vec or stride_outer % vec or stride_inner % vec:
+class Layout(NamedTuple):
+    """Where rows are. A matrix has inner = 1; `strides` are (outer, inner, class), `target_strides` (outer, inner)."""
+
+    classes: int
+    n_rows: int
+    inner: int
+    strides: tuple[int, int, int]
+    target_strides: tuple[int, int]
+    element_bytes: int
+    vec: (
+        int  # columns one load may take in every row: a power of two of at most 16 bytes that divides C and row strides
+    )
+
+    @property
+    def uses_tile(self) -> bool:
+        wide = self.vec * self.element_bytes >= 8
+        return self.classes <= (TILE_MAX_CLASSES if wide else UNALIGNED_TILE_MAX_CLASSES)
+
+    def tile_integers(self) -> tuple[int, ...]:
+        """What the tile takes of it; row strides in vectors."""
+        outer, inner, column = self.strides
+        return self.inner, self.classes, outer // self.vec, inner // self.vec, column, *self.target_strides
+
+    def stream_integers(self) -> tuple[int, ...]:
+        return self.inner, self.classes, *self.strides, *self.target_strides
+
+
+def make_layout(
+    shape: Sequence[int], strides: tuple[int, ...], target_strides: tuple[int, ...], dtype: torch.dtype, aligned: bool
+) -> Layout:
+    """`aligned`: the first logit is at a multiple of 16 bytes."""
+    if len(shape) == 2:
+        inner, strides, target_strides = 1, (strides[0], 0, strides[1]), (target_strides[0], 0)
+    else:
+        inner = shape[1]
+    n_rows = math.prod(shape[:-1])
+    if n_rows >= 2**31:
+        raise ValueError(f"at most 2^31 - 1 rows, got {n_rows}")
+    vec = 16 // dtype.itemsize if aligned and strides[2] == 1 else 1
+    while shape[-1] % vec or strides[0] % vec or strides[1] % vec:
         vec //= 2
-    return vec
-
-
-def uses_tile(classes: int, vec: int, element_bytes: int) -> bool:
-    wide = vec * element_bytes >= 8
-    return classes <= (TILE_MAX_CLASSES if wide else UNALIGNED_TILE_MAX_CLASSES)
-
-
-def row_strides(logits: Tensor, targets: Tensor) -> tuple[int, tuple[int, int, int], tuple[int, int]]:
-    """inner, (outer, inner, class) strides of the logits and (outer, inner) of the targets; a matrix has inner = 1."""
-    if logits.dim() == 2:
-        stride_row, stride_class = logits.stride()
-        return 1, (stride_row, 0, stride_class), (targets.stride(0), 0)
-    return logits.shape[1], logits.stride(), targets.stride()
+    return Layout(shape[-1], n_rows, inner, strides, target_strides, dtype.itemsize, vec)
 
 
 def stats_code(stats: Sequence[int], label_smoothing: float) -> tuple[int, int]:
@@ -517,49 +573,54 @@ def stats_code(stats: Sequence[int], label_smoothing: float) -> tuple[int, int]:
     return order, want
 
 
+class RowPlan(NamedTuple):
+    launch: Launch
+    n_rows: int
+    splits: int  # programs a row
+
+
+@cached
+def _row_plan(
+    shape: Sequence[int], strides: tuple[int, ...], target_strides: tuple[int, ...], dtype: torch.dtype, aligned: bool,
+    stats: tuple[int, ...], ignore_index: int, label_smoothing: float,
+) -> RowPlan:  # fmt: skip
+    layout = make_layout(shape, strides, target_strides, dtype, aligned)
+    order, want = stats_code(stats, label_smoothing)
+    codes = {"ORDER": order, "S": len(stats), "WANT": want}
+    n_rows, classes = layout.n_rows, layout.classes
+    if layout.uses_tile:
+        num_warps = tile_warps(classes)
+        config = tile_config(classes, layout.vec, dtype.itemsize, num_warps)
+        integers = (n_rows, *layout.tile_integers(), ignore_index)
+        grid = (ceil_div(n_rows, config.BLOCK_N),)
+        return RowPlan(Launch(tile_kernel, grid, integers, codes | config._asdict(), num_warps), n_rows, 1)
+    config, num_warps = stream_config(classes, dtype.itemsize)
+    splits = split_count(n_rows, classes)
+    integers = (n_rows, *layout.stream_integers(), ignore_index, splits)
+    constants = codes | config._asdict() | {"MAX_SPLITS": up_to(SPLITS, classes).most if splits > 1 else 1}
+    return RowPlan(Launch(stream_kernel, (n_rows * splits,), integers, constants, num_warps), n_rows, splits)
+
+
 def row_stats(
     logits: Tensor, targets: Tensor, stats: Sequence[int], ignore_index: int, label_smoothing: float
 ) -> Tensor:
     """[S, rows] of every position of [N, C] or [N, T, C] logits."""
-    classes = logits.shape[-1]
-    n_rows = logits.numel() // classes
-    inner, strides, target_strides = row_strides(logits, targets)
+    device = logits.device
+    plan = _row_plan(
+        logits.shape, logits.stride(), targets.stride(), logits.dtype, logits.data_ptr() % 16 == 0,
+        tuple(stats), ignore_index, label_smoothing,
+    )  # fmt: skip
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    out = torch.empty((len(stats), n_rows), dtype=compute, device=logits.device)
-    order, want = stats_code(stats, label_smoothing)
-    element_bytes = logits.element_size()
-    vec = vector_width(logits, strides, classes)
-    common = (ignore_index, float_bits(label_smoothing))
+    out = torch.empty((len(stats), plan.n_rows), dtype=compute, device=device)
+    scratch = ()
+    if plan.launch.kernel is stream_kernel:
+        scratch = (out, out)
+        if plan.splits > 1:
+            partials = torch.empty(plan.n_rows * plan.splits * PARTIALS.value, dtype=compute, device=device)
+            scratch = (partials, counters(device, plan.n_rows))
     with launch_device(logits):
-        if uses_tile(classes, vec, element_bytes):
-            config = tile_config(classes, vec, element_bytes, TILE_WARPS)
-            tile_kernel[(triton.cdiv(n_rows, config.BLOCK_N),)](
-                logits, targets, out, n_rows, inner, classes,
-                strides[0] // vec, strides[1] // vec, strides[2], *target_strides, *common,
-                ORDER=order, S=len(stats), WANT=want, **config._asdict(), num_warps=TILE_WARPS,
-            )  # fmt: skip
-            return out
-        config, num_warps = stream_config(classes, element_bytes)
-        splits = split_count(n_rows, classes, logits.device)
-        partials, arrivals = out, out
-        if splits > 1:
-            partials = torch.empty(n_rows * splits * PARTIALS.value, dtype=compute, device=logits.device)
-            arrivals = counters(logits.device, n_rows)
-        stream_kernel[(n_rows * splits,)](
-            logits, targets, out, partials, arrivals, n_rows, inner, classes,
-            *strides, *target_strides, *common, splits,
-            ORDER=order, S=len(stats), WANT=want, **config._asdict(),
-            MAX_SPLITS=MAX_SPLITS if splits > 1 else 1, num_warps=num_warps,
-        )  # fmt: skip
+        plan.launch(logits, targets, out, *scratch, options=(float_bits(label_smoothing),))
     return out
-
-
-def split_count(n_rows: int, classes: int, device: torch.device) -> int:
-    """Programs a row: enough for four a multiprocessor when the rows alone are fewer, and at least 4096 columns each."""
-    programs = 4 * multiprocessors(device)
-    if classes < SPLIT_MIN_CLASSES or n_rows * 2 > programs:
-        return 1
-    return max(1, min(MAX_SPLITS, programs // n_rows, classes // 4096))
 
 
 def per_sample_stats(
@@ -582,15 +643,16 @@ def mean_over_positions(
     per_position = row_stats(logits, targets, stats, ignore_index, label_smoothing)
     n, positions = targets.shape
     out = torch.empty((len(stats), n), dtype=per_position.dtype, device=logits.device)
+    launch = _mean_launch(n, positions, targets.stride(), ignore_index, tuple(stats), valid is not None)
     with launch_device(logits):
-        mean_kernel[(n, len(stats))](
-            per_position, targets, out, out if valid is None else valid, n, positions, *targets.stride(), ignore_index,
-            ORDER=stats_code(stats, 0.0)[0], HAS_VALID=valid is not None, **MEAN_CONFIG,
-        )  # fmt: skip
+        launch(per_position, targets, out, out if valid is None else valid)
     return out
 
 
-MEAN_CONFIG = {"BLOCK_T": 256, "num_warps": 4}  # T is mostly 64 to 8192: a few rounds of coalesced loads
+@cached
+def _mean_launch(n, positions, target_strides, ignore_index, stats, has_valid) -> Launch:
+    constants = {"ORDER": stats_code(stats, 0.0)[0], "HAS_VALID": has_valid, "BLOCK_T": MEAN_BLOCK}
+    return Launch(mean_kernel, (n, len(stats)), (n, positions, *target_strides, ignore_index), constants, MEAN_WARPS)
 
 
 _POINTEE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -610,15 +672,16 @@ def shipped() -> Iterator[Compilation]:
             codes = {"ORDER": order, "S": len(stats), "WANT": want}
             label = f"{pointee}-{'all' if stats is _ALL else 'loss+norm'}"
             fully = dtype in (torch.float32, torch.bfloat16)
-            for classes in _THREADS_PER_ROW if fully else (16, 128, 1024):
+            for classes in TILES if fully else (16, 128, 1024):
                 for vec in {full, 1} if classes <= UNALIGNED_TILE_MAX_CLASSES else {full}:
-                    config = tile_config(classes, vec, dtype.itemsize, TILE_WARPS)
+                    num_warps = tile_warps(classes)
+                    config = tile_config(classes, vec, dtype.itemsize, num_warps)
                     yield Compilation(
-                        f"tile-{label}-C{classes}-vec{vec}", tile_kernel, pointers, codes | config._asdict(), TILE_WARPS,
+                        f"tile-{label}-C{classes}-vec{vec}", tile_kernel, pointers, codes | config._asdict(), num_warps,
                         ones=("inner", "stride_class", "stride_target_outer"),
                         load_bits=8 * vec * dtype.itemsize,
                     )  # fmt: skip
-            streams = ((2048, 1), (16384, 1), (131072, 1), (131072, MAX_SPLITS))
+            streams = ((2048, 1), (16384, 1), (131072, 1), (131072, up_to(SPLITS, 131072).most))
             for classes, splits in streams if fully else streams[1:2]:
                 config, num_warps = stream_config(classes, dtype.itemsize)
                 yield Compilation(
@@ -630,6 +693,6 @@ def shipped() -> Iterator[Compilation]:
         yield Compilation(
             f"mean-{pointee}", mean_kernel,
             {"stats_ptr": compute, "targets_ptr": "i64", "out_ptr": compute, "valid_ptr": "u8"},
-            {"ORDER": stats_code(_LOSS_AND_NORM, 0.0)[0], "HAS_VALID": True, "BLOCK_T": MEAN_CONFIG["BLOCK_T"]},
-            MEAN_CONFIG["num_warps"], ones=("stride_target_inner",),
+            {"ORDER": stats_code(_LOSS_AND_NORM, 0.0)[0], "HAS_VALID": True, "BLOCK_T": MEAN_BLOCK},
+            MEAN_WARPS, ones=("stride_target_inner",),
         )  # fmt: skip

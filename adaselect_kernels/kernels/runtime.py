@@ -1,12 +1,15 @@
-"""What every launcher needs: the device context, counters that are zero, and the list of what ships."""
+"""What every launcher needs: launches prepared once, the device context, counters that are zero, and the list of what ships."""
 
 import contextlib
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -25,6 +28,100 @@ class Compilation(NamedTuple):
     load_bits: int = 0  # the widest global load it must have, where that is what makes it fast
 
 
+# Versions whose compiled kernels were seen to be called alike, on NVIDIA (on AMD Triton also specialises on the size of a
+# tensor). Everywhere else, and in the interpreter, every launch goes through Triton's own dispatch.
+DIRECT = (
+    (3, 6) <= TRITON_VERSION <= (3, 9) and not torch.version.hip and not knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
+)
+
+
+class Launch:
+    """A launch of which only the tensors and the options are open; call it with them.
+
+    The kernel's parameters are, in this order: the tensors; the `integers`; options, annotated tl.int64 and in
+    do_not_specialize; constants. The first call goes through Triton's dispatch, which looks at every argument; later ones
+    with tensors of the same types on the same device go straight to the kernel it compiled. That is right because all that
+    Triton specialises on is fixed (every integer, every constant) or looked at: a tensor that is not 16-byte aligned, or a
+    profiler's hook, takes Triton's dispatch. The launch is on the tensors' device, which must be current.
+    """
+
+    __slots__ = ("_compiled", "_n_options", "_tail", "constants", "grid", "integers", "kernel", "num_warps")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        integers: tuple[int, ...],
+        constants: Mapping[str, Any],
+        num_warps: int,
+    ) -> None:
+        self.kernel, self.integers, self.constants, self.num_warps = kernel, integers, dict(constants), num_warps
+        self.grid = grid + (1,) * (3 - len(grid))
+        self._tail = tuple(self.constants[name] for name in kernel.arg_names[-len(self.constants) :])
+        self._compiled: dict[Any, tuple[Any, Any, Any]] = {}
+        if DIRECT:
+            options = [parameter for parameter in kernel.params if parameter.annotation == "i64"]
+            if not all(option.do_not_specialize for option in options):
+                raise TypeError(f"{kernel.fn.__name__} specialises on an option: {[option.name for option in options]}")
+            self._n_options = len(options)
+
+    def __call__(self, *tensors: Tensor, options: tuple[int, ...] = ()) -> None:
+        if DIRECT:
+            device = tensors[0].get_device()
+            pointers = [tensor.data_ptr() for tensor in tensors]
+            key = (device, len(options) == self._n_options, *[tensor.dtype for tensor in tensors])
+            if key in self._compiled and reduce(or_, pointers) % 16 == 0 and not _observed():
+                run, function, metadata = self._compiled[key]
+                stream = triton.runtime.driver.active.get_current_stream(device)
+                run(
+                    *self.grid,
+                    stream,
+                    function,
+                    metadata,
+                    None,
+                    None,
+                    None,
+                    *pointers,
+                    *self.integers,
+                    *options,
+                    *self._tail,
+                )
+                return
+            compiled = self._dispatch(tensors, options)
+            if compiled is not None and reduce(or_, pointers) % 16 == 0:
+                self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+        else:
+            self._dispatch(tensors, options)
+
+    def _dispatch(self, tensors: tuple[Tensor, ...], options: tuple[int, ...]) -> Any:
+        return self.kernel[self.grid](
+            *tensors, *self.integers, *options, **self.constants, num_warps=self.num_warps, enable_fp_fusion=True
+        )
+
+
+def _observed() -> bool:
+    """Whether a profiler waits for launches: it is told of those that Triton dispatches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+PLANS = 1024  # shapes and options remembered a launcher: a training loop has a few
+_caches: list[Any] = []
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def cached(function: _Function) -> _Function:
+    """Remember what a launcher works out from shapes, strides, types and options alone."""
+    _caches.append(lru_cache(maxsize=PLANS)(function))
+    return _caches[-1]
+
+
+def forget() -> None:
+    """Forget all of it: a table it was worked out from has changed."""
+    for cache in _caches:
+        cache.cache_clear()
+
+
 _NO_CONTEXT = contextlib.nullcontext()
 
 
@@ -33,6 +130,18 @@ def launch_device(tensor: Tensor):
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return _NO_CONTEXT
     return torch.cuda.device(tensor.device)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+_Entry = TypeVar("_Entry")
+
+
+def up_to(table: Mapping[int, _Entry], size: int) -> _Entry:
+    """The entry of the smallest key that is at least `size`; ValueError beyond the last."""
+    return table[min(key for key in table if key >= size)]
 
 
 def next_power_of_2(n: int) -> int:
@@ -65,7 +174,7 @@ def counters(device: torch.device, count: int) -> Tensor:
     elif torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     else:
-        key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+        key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
     buffer = _counters.get(key)
     if buffer is None:
         buffer = _counters.setdefault(key, torch.zeros(COUNTERS, dtype=torch.int32, device=device))

@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from adaselect_kernels.kernels.maths import last_to_arrive, ordered_key
-from adaselect_kernels.kernels.runtime import Compilation, counters, launch_device, next_power_of_2
+from adaselect_kernels.kernels.runtime import (
+    Compilation,
+    Launch,
+    cached,
+    ceil_div,
+    counters,
+    launch_device,
+    next_power_of_2,
+    up_to,
+)
 
 BINS = tl.constexpr(256)  # 8-bit digits: a histogram of 256 bins fits 8 registers a thread
 ALL_ROWS_RANKED = tl.constexpr(128)  # up to here every pair of rows is compared: 128 comparisons a thread, no search
@@ -223,19 +232,39 @@ def gather_keys_kernel(scores_ptr, chosen_ptr, keys_ptr, k, stride, LARGEST: tl.
     tl.store(keys_ptr + position, signed, mask=inside)
 
 
-ONE_PROGRAM_ROWS = 4096  # 16 rows a thread of 8 warps: keys, scores and flags stay in registers
-RADIX_BLOCK = 2048  # 8 rows a thread: a histogram's cost is shared by enough keys
-RADIX_WARPS = 8
-MAX_PROGRAMS = 1024  # the program that arrives last scans their counts in one block; 16M rows are 8 blocks each
-RANK_MAX = 8192  # k^2 comparisons over k / RANK_BLOCK programs: 64M at most, below the cost of a radix sort's launches
-RANK_BLOCK = 16
-RANK_OTHERS = 1024  # 128 comparisons a thread for each pair of loads
-GATHER_BLOCK = 1024
+class BlockTuning(NamedTuple):
+    warps: int
+
+
+# One program, by the most rows: at most 16 rows a thread, so that float32 does not spill.
+BLOCKS = {1024: BlockTuning(warps=4), 4096: BlockTuning(warps=8)}
+ONE_PROGRAM_ROWS = 4096  # keys, scores and flags stay in registers
+
+
+class RadixTuning(NamedTuple):
+    block: int  # rows that a program takes at a time
+    warps: int
+    programs: int  # at most
+
+
+# By the most rows. 8 rows a thread: a histogram's cost is shared by enough keys. The program that arrives last scans the
+# counts of all programs in one block of 1024; 16M rows are 8 blocks each.
+RADIX = {2**31: RadixTuning(block=2048, warps=8, programs=1024)}
+
+
+class RankTuning(NamedTuple):
+    block: int
+    others: int  # at a time: 128 comparisons a thread for each pair of loads
+    warps: int
+
+
+RANKS = {2**31: RankTuning(block=16, others=1024, warps=4)}  # by the most rows chosen
+RANK_MAX = 8192  # k^2 comparisons over k / block programs: 64M at most, below the cost of a radix sort's launches
+GATHER_BLOCK, GATHER_WARPS = 1024, 4
 
 
 def block_warps(block: int) -> int:
-    """Warps of a one-program batch: at most 16 rows a thread, so that float32 does not spill."""
-    return 4 if block <= 1024 else 8
+    return up_to(BLOCKS, block).warps
 
 
 class Chunks(NamedTuple):
@@ -243,26 +272,22 @@ class Chunks(NamedTuple):
     iterations: int
 
 
-def chunks(n: int, block: int) -> Chunks:
-    """How n rows are dealt out: consecutive blocks, the same number to each of at most MAX_PROGRAMS programs."""
+def chunks(n: int, block: int, programs: int) -> Chunks:
+    """How n rows are dealt out: consecutive blocks, the same number to each of at most `programs` programs."""
     if n >= 2**31:
         raise ValueError(f"at most 2^31 - 1 rows, got {n}")
-    iterations = triton.cdiv(n, block * MAX_PROGRAMS)
-    return Chunks(triton.cdiv(n, block * iterations), iterations)
+    iterations = ceil_div(n, block * programs)
+    return Chunks(ceil_div(n, block * iterations), iterations)
 
 
 def select_topk(scores: Tensor, k: int, largest: bool, order: str) -> Tensor:
-    n = scores.shape[0]
+    n, stride = scores.shape[0], scores.stride(0)
     indices = torch.empty(k, dtype=torch.int64, device=scores.device)
+    by_score = order == "score" and k > 1
+    ranked = by_score and n <= ALL_ROWS_RANKED.value
     with launch_device(scores):
-        block = max(16, next_power_of_2(n))
-        by_score = order == "score" and k > 1
-        ranked = by_score and block <= ALL_ROWS_RANKED.value
         if n <= ONE_PROGRAM_ROWS:
-            block_kernel[(1,)](
-                scores, indices, n, k, scores.stride(0),
-                LARGEST=largest, BY_SCORE=ranked, BLOCK=block, num_warps=block_warps(block),
-            )  # fmt: skip
+            _block_launch(n, k, stride, largest, ranked)(scores, indices)
         else:
             _radix_select(scores, k, largest, indices)
         if by_score and not ranked:
@@ -270,24 +295,45 @@ def select_topk(scores: Tensor, k: int, largest: bool, order: str) -> Tensor:
     return indices
 
 
+def block_size(n: int) -> int:
+    return max(16, next_power_of_2(n))
+
+
+@cached
+def _block_launch(n: int, k: int, stride: int, largest: bool, ranked: bool) -> Launch:
+    block = block_size(n)
+    constants = {"LARGEST": largest, "BY_SCORE": ranked, "BLOCK": block}
+    return Launch(block_kernel, (1,), (n, k, stride), constants, block_warps(block))
+
+
 def _radix_select(scores: Tensor, k: int, largest: bool, indices: Tensor) -> None:
-    n, stride = scores.shape[0], scores.stride(0)
-    programs, iterations = chunks(n, RADIX_BLOCK)
+    digits, compact = _radix_launches(scores.shape[0], k, scores.stride(0), scores.dtype == torch.float64, largest)
+    programs = compact.grid[0]
     search = torch.empty(2, dtype=torch.int64, device=scores.device)
     counts = torch.empty(programs * (BINS.value + 1), dtype=torch.int32, device=scores.device)
-    zeros = counters(scores.device, BINS.value + 1)
-    histogram, arrivals = zeros[1 : BINS.value + 1], zeros
-    first = 56 if scores.dtype == torch.float64 else 24
-    for shift in range(first, -1, -8):
-        digit_kernel[(programs,)](
-            scores, histogram, arrivals, search, counts, n, k, stride, iterations, programs,
-            SHIFT=shift, LARGEST=largest, FIRST=shift == first,
-            LAST=shift == 0, BLOCK=RADIX_BLOCK, MAX_PROGRAMS=MAX_PROGRAMS, num_warps=RADIX_WARPS,
-        )  # fmt: skip
-    compact_kernel[(programs,)](
-        scores, search, counts, indices, n, stride, iterations,
-        LARGEST=largest, BLOCK=RADIX_BLOCK, num_warps=RADIX_WARPS,
+    zeros = counters(scores.device, BINS.value + 4)  # 16 bytes for the arrivals, then the histogram
+    histogram = zeros[4:]
+    for digit in digits:
+        digit(scores, histogram, zeros, search, counts)
+    compact(scores, search, counts, indices)
+
+
+@cached
+def _radix_launches(n: int, k: int, stride: int, double: bool, largest: bool) -> tuple[tuple[Launch, ...], Launch]:
+    """A launch a digit, from the most significant, and the compaction."""
+    tuning = up_to(RADIX, n)
+    programs, iterations = chunks(n, tuning.block, tuning.programs)
+    sized = {"LARGEST": largest, "BLOCK": tuning.block}
+    first = 56 if double else 24
+    digits = tuple(
+        Launch(
+            digit_kernel, (programs,), (n, k, stride, iterations, programs),
+            {"SHIFT": shift, "FIRST": shift == first, "LAST": shift == 0, "MAX_PROGRAMS": tuning.programs, **sized},
+            tuning.warps,
+        )
+        for shift in range(first, -1, -8)
     )  # fmt: skip
+    return digits, Launch(compact_kernel, (programs,), (n, stride, iterations), sized, tuning.warps)
 
 
 def sort_chosen(scores: Tensor, chosen: Tensor, largest: bool) -> Tensor:
@@ -295,20 +341,30 @@ def sort_chosen(scores: Tensor, chosen: Tensor, largest: bool) -> Tensor:
     k, stride = chosen.shape[0], scores.stride(0)
     if k <= RANK_MAX:
         indices = torch.empty_like(chosen)
-        rank_kernel[(triton.cdiv(k, RANK_BLOCK),)](
-            scores, chosen, indices, k, stride, LARGEST=largest, BLOCK=RANK_BLOCK, OTHERS=RANK_OTHERS, num_warps=4
-        )
+        _rank_launch(k, stride, largest)(scores, chosen, indices)
         return indices
     keys = torch.empty(k, dtype=torch.int64 if scores.dtype == torch.float64 else torch.int32, device=scores.device)
-    gather_keys_kernel[(triton.cdiv(k, GATHER_BLOCK),)](
-        scores, chosen, keys, k, stride, LARGEST=largest, BLOCK=GATHER_BLOCK, num_warps=4
-    )
+    _gather_launch(k, stride, largest)(scores, chosen, keys)
     # a stable sort of k integers neither synchronises nor depends on anything but its input
     return chosen[torch.sort(keys, descending=True, stable=True).indices]
 
 
+@cached
+def _rank_launch(k: int, stride: int, largest: bool) -> Launch:
+    tuning = up_to(RANKS, k)
+    constants = {"LARGEST": largest, "BLOCK": tuning.block, "OTHERS": tuning.others}
+    return Launch(rank_kernel, (ceil_div(k, tuning.block),), (k, stride), constants, tuning.warps)
+
+
+@cached
+def _gather_launch(k: int, stride: int, largest: bool) -> Launch:
+    constants = {"LARGEST": largest, "BLOCK": GATHER_BLOCK}
+    return Launch(gather_keys_kernel, (ceil_div(k, GATHER_BLOCK),), (k, stride), constants, GATHER_WARPS)
+
+
 def shipped() -> Iterator[Compilation]:
     """Every block size, digit and order of the selection, for float32 and float64 scores."""
+    radix, rank = RADIX[2**31], RANKS[2**31]
     for pointee, shifts in (("fp32", (24, 16, 8, 0)), ("fp64", (56, 48, 40, 32, 24, 16, 8, 0))):
         scores = {"scores_ptr": pointee}
         for block in (16, ALL_ROWS_RANKED.value, 512, 1024, ONE_PROGRAM_ROWS):
@@ -324,19 +380,19 @@ def shipped() -> Iterator[Compilation]:
                 scores | search | {"histogram_ptr": "i32", "arrivals_ptr": "i32"},
                 {
                     "SHIFT": shift, "LARGEST": True, "FIRST": shift == shifts[0], "LAST": shift == 0,
-                    "BLOCK": RADIX_BLOCK, "MAX_PROGRAMS": MAX_PROGRAMS,
-                }, RADIX_WARPS, ones=("stride",),
+                    "BLOCK": radix.block, "MAX_PROGRAMS": radix.programs,
+                }, radix.warps, ones=("stride",),
             )  # fmt: skip
         yield Compilation(
             f"compact-{pointee}", compact_kernel, scores | search | {"indices_ptr": "i64"},
-            {"LARGEST": True, "BLOCK": RADIX_BLOCK}, RADIX_WARPS, ones=("stride",),
+            {"LARGEST": True, "BLOCK": radix.block}, radix.warps, ones=("stride",),
         )  # fmt: skip
         yield Compilation(
             f"rank-{pointee}", rank_kernel, scores | {"chosen_ptr": "i64", "indices_ptr": "i64"},
-            {"LARGEST": True, "BLOCK": RANK_BLOCK, "OTHERS": RANK_OTHERS}, 4, ones=("stride",),
+            {"LARGEST": True, "BLOCK": rank.block, "OTHERS": rank.others}, rank.warps, ones=("stride",),
         )  # fmt: skip
         yield Compilation(
             f"gather-{pointee}", gather_keys_kernel,
             scores | {"chosen_ptr": "i64", "keys_ptr": "i64" if pointee == "fp64" else "i32"},
-            {"LARGEST": True, "BLOCK": GATHER_BLOCK}, 4, ones=("stride",),
+            {"LARGEST": True, "BLOCK": GATHER_BLOCK}, GATHER_WARPS, ones=("stride",),
         )  # fmt: skip
