@@ -189,8 +189,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_grads_and_sq_norms(const a
   const at::Tensor bias_grad(at::detail::empty_cpu({bias ? grads.size(2) : 0}, type));
   weight_grad.zero_();
   bias_grad.zero_();
-  add_weight_grad_and_sq_norms(linear_layer(activations, grads), weight_grad.mutable_data_ptr(),
-                               bias ? bias_grad.mutable_data_ptr() : nullptr, totals.data());
+  const bool counted = add_weight_grad_and_sq_norms(linear_layer(activations, grads), weight_grad.mutable_data_ptr(),
+                                                    bias ? bias_grad.mutable_data_ptr() : nullptr, totals.data());
+  if (bias && !counted) add_affine_sq_norms(std::nullopt, grads, std::nullopt, std::nullopt, true, totals.data());
   return {as_sq_norms(totals, grads), weight_grad.to(grads.scalar_type()), bias_grad.to(grads.scalar_type())};
 }
 

@@ -35,9 +35,9 @@ Form choose_form(const Layer& layer, Form form);
 // totals[i] += |gradient of the weight for sample i|^2
 void add_weight_sq_norms(const Layer& layer, Form form, double* totals);
 
-// The same of a linear layer, and weight_grad [p, d] += sum_i G_i^T A_i, bias_grad [p] += sum_it g_it (or null), of the
-// compute type.
-void add_weight_grad_and_sq_norms(const Layer& layer, void* weight_grad, void* bias_grad, double* totals);
+// The same of a linear layer, and weight_grad [p, d] += sum_i G_i^T A_i, bias_grad [p] += sum_it g_it (or null), both
+// of the compute type. Returns whether the totals include the bias.
+bool add_weight_grad_and_sq_norms(const Layer& layer, void* weight_grad, void* bias_grad, double* totals);
 
 // totals[i] += |sum_t g_it xhat_it|^2 (weight) + |sum_t g_it|^2 (bias) of values and grads [N, T, C] in any layout.
 void add_affine_sq_norms(const std::optional<at::Tensor>& values, const at::Tensor& grads,

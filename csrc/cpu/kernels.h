@@ -133,7 +133,11 @@ struct MatrixKernels {
   // tiles [groups][rows][width] += sum_k a[group][k][rows] b[k][width]: k walks the runs of b, and a from its start.
   void (*multiply)(const T* a, int64_t group_stride, int64_t groups, const T* b, int64_t width, int64_t step,
                    const Run* runs, int64_t n_runs, double* tiles);
-  double (*sum_squares)(const double* values, int64_t n);
+  // sums [n][lanes] += sum_k a[k][lane] b[k + offsets[i]][lane]: one matrix a lane, `lanes` columns in a panel.
+  void (*multiply_lanes)(const T* a, const T* b, int64_t step, const Run* runs, int64_t n_runs, const int64_t* offsets,
+                         int64_t n, double* sums);
+  // sum_i values_i^2; `sums` += values unless null.
+  double (*sum_squares)(const double* values, int64_t n, double* sums);
   GramSums (*shifted_product)(const ShiftedProduct<T>& args);
 };
 

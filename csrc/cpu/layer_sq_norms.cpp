@@ -20,6 +20,10 @@ constexpr int64_t kChunk = 1 << 19;   // elements of packed samples
 // share of it, the gradients of the positions cancel, and the direct form is exact where the Gram sum no longer is.
 constexpr double kCancelled = 1.0 / 16;
 
+// Measured, in multiply-adds of a tile: what an entry of a tile costs once its sum is done, an entry of a Gram matrix,
+// and one offset for a pair of positions and for a pair of lines of positions; a multiply-add with groups in the lanes.
+constexpr double kTileCost = 24, kEntryCost = 40, kShiftCost = 4, kLineCost = 32, kLanesCost = 1.5;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
@@ -38,6 +42,11 @@ void append_runs(std::vector<Run>& runs, int64_t first, int64_t step, int64_t le
   for (int64_t done = 0; done < length; done += kSumBlock) {
     runs.push_back({first + done * step, std::min(kSumBlock, length - done)});
   }
+}
+
+template <class T>
+int64_t tiles_bytes() {
+  return kGroupBlock * matrix_kernels<T>().rows * 2 * matrix_kernels<T>().lanes * 8;
 }
 
 // ---- direct
@@ -74,9 +83,9 @@ struct DirectPlan {
   }
 };
 
-// Columns [first, first + count) of the padded input, [points of extent][width].
+// `count` channels of the padded input, `stride` elements apart, as [points of extent][width].
 template <class T>
-void pack_input(const Layer& l, const Extent& extent, const char* input, int64_t first, int64_t count, int64_t width,
+void pack_input(const Layer& l, const Extent& extent, const char* input, int64_t stride, int64_t count, int64_t width,
                 T* panel) {
   const PackFn pack = kernels().pack[static_cast<int>(l.dtype)];
   const int64_t bytes = element_bytes(l.dtype);
@@ -89,13 +98,13 @@ void pack_input(const Layer& l, const Extent& extent, const char* input, int64_t
       continue;
     }
     std::fill_n(panel, left * width, T(0));
-    const char* source = input + (first * l.input_channel + z * l.input_space[0] + y * l.input_space[1]) * bytes;
-    pack(source, l.input_space[2], l.input_channel, inside, count, width, width, panel + left * width);
+    const char* source = input + (z * l.input_space[0] + y * l.input_space[1]) * bytes;
+    pack(source, l.input_space[2], stride, inside, count, width, width, panel + left * width);
     std::fill_n(panel + (left + inside) * width, (extent[2] - left - inside) * width, T(0));
   }
 }
 
-// The gradients of one group, [row groups][positions][rows].
+// [row groups][positions][rows].
 template <class T>
 void pack_grads(const Layer& l, const char* grads, T* packed) {
   const PackFn pack = kernels().pack[static_cast<int>(l.dtype)];
@@ -117,14 +126,13 @@ struct DirectScratch {
   static int64_t panel_bytes(const DirectPlan& plan) {
     return (points(plan.extent) * 2 * matrix_kernels<T>().lanes + kPackSlack) * sizeof(T);
   }
-  static int64_t tiles_bytes() { return kGroupBlock * matrix_kernels<T>().rows * 2 * matrix_kernels<T>().lanes * 8; }
   static int64_t bytes(const Layer& l, const DirectPlan& plan) {
-    return Scratch::aligned(grads_bytes(l)) + Scratch::aligned(panel_bytes(plan)) + Scratch::aligned(tiles_bytes());
+    return Scratch::aligned(grads_bytes(l)) + Scratch::aligned(panel_bytes(plan)) + Scratch::aligned(tiles_bytes<T>());
   }
   DirectScratch(Scratch& scratch, const Layer& l, const DirectPlan& plan)
       : grads(scratch.take<T>(grads_bytes(l))),
         panel(scratch.take<T>(panel_bytes(plan))),
-        tiles(scratch.take<double>(tiles_bytes())) {}
+        tiles(scratch.take<double>(tiles_bytes<T>())) {}
 };
 
 template <class T>
@@ -136,7 +144,8 @@ double direct(const Layer& l, const DirectPlan& plan, const char* input, const c
   double total = 0;
   for (int64_t j = 0; j < panels.count(); ++j) {
     const int64_t width = panels.width(j);
-    pack_input(l, plan.extent, input, panels.first(j), panels.used(j), width, scratch.panel);
+    pack_input(l, plan.extent, input + panels.first(j) * l.input_channel * element_bytes(l.dtype), l.input_channel,
+               panels.used(j), width, scratch.panel);
     for (int64_t group = 0; group < row_groups; group += kGroupBlock) {
       const int64_t groups = std::min(kGroupBlock, row_groups - group), tiles = groups * matrix.rows * width;
       for (int64_t offset : plan.offsets) {
@@ -148,7 +157,59 @@ double direct(const Layer& l, const DirectPlan& plan, const char* input, const c
                           begin, end - begin, scratch.tiles);
           for (const Run* run = begin; run != end; ++run) row += run->length * matrix.rows;
         }
-        total += matrix.sum_squares(scratch.tiles, tiles);
+        total += matrix.sum_squares(scratch.tiles, tiles, nullptr);
+      }
+    }
+  }
+  return total;
+}
+
+// Many small groups: lane i of a panel is a channel of group i.
+template <class T>
+struct LanesScratch {
+  int64_t lanes = matrix_kernels<T>().lanes;
+  int64_t grads_pitch, panel_size, sums_size;
+  Scratch memory;
+  T *grads, *panel;
+  double* sums;
+
+  LanesScratch(const Layer& l, const DirectPlan& plan)
+      : grads_pitch(points(l.out) * lanes),
+        panel_size(points(plan.extent) * lanes),
+        sums_size(plan.offsets.size() * lanes),
+        memory(Scratch::aligned(l.features * grads_pitch * sizeof(T)) + Scratch::aligned(panel_size * sizeof(T)) +
+               Scratch::aligned(sums_size * 8)),
+        grads(memory.take<T>(l.features * grads_pitch * sizeof(T))),
+        panel(memory.take<T>(panel_size * sizeof(T))),
+        sums(memory.take<double>(sums_size * 8)) {}
+};
+
+template <class T>
+double direct_lanes(const Layer& l, const DirectPlan& plan, const char* input, const char* grads,
+                    LanesScratch<T>& scratch) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  const PackFn pack = kernels().pack[static_cast<int>(l.dtype)];
+  const int64_t lanes = scratch.lanes, bytes = element_bytes(l.dtype);
+  double total = 0;
+  for (int64_t group = 0; group < l.groups; group += lanes) {
+    const int64_t used = std::min(lanes, l.groups - group);
+    for (int64_t p = 0; p < l.features; ++p) {
+      pack(grads + (group * l.features + p) * l.grads_channel * bytes, l.grads_position, l.features * l.grads_channel,
+           points(l.out), used, lanes, lanes, scratch.grads + p * scratch.grads_pitch);
+    }
+    for (int64_t c = 0; c < l.channels; ++c) {
+      pack_input(l, plan.extent, input + (group * l.channels + c) * l.input_channel * bytes,
+                 l.channels * l.input_channel, used, lanes, scratch.panel);
+      for (int64_t p = 0; p < l.features; ++p) {
+        std::fill_n(scratch.sums, scratch.sums_size, 0.0);
+        const T* row = scratch.grads + p * scratch.grads_pitch;
+        for (size_t block = 0; block + 1 < plan.blocks.size(); ++block) {
+          const Run *begin = &plan.runs[plan.blocks[block]], *end = plan.runs.data() + plan.blocks[block + 1];
+          matrix.multiply_lanes(row, scratch.panel, l.stride[2], begin, end - begin, plan.offsets.data(),
+                                static_cast<int64_t>(plan.offsets.size()), scratch.sums);
+          for (const Run* run = begin; run != end; ++run) row += run->length * lanes;
+        }
+        total += matrix.sum_squares(scratch.sums, scratch.sums_size, nullptr);
       }
     }
   }
@@ -230,7 +291,7 @@ struct GramScratch {
         gram_input(scratch.take<T>(sizes(l, plan)[3])),
         gram_grads(scratch.take<T>(sizes(l, plan)[4])),
         grad_columns(scratch.take<T>(sizes(l, plan)[5])),
-        tiles(scratch.take<double>(DirectScratch<T>::tiles_bytes())) {}
+        tiles(scratch.take<double>(tiles_bytes<T>())) {}
   static std::array<int64_t, 6> sizes(const Layer& l, const GramPlan& plan) {
     const MatrixKernels<T>& matrix = matrix_kernels<T>();
     const int64_t positions = points(l.out);
@@ -246,7 +307,7 @@ struct GramScratch {
     return elements;
   }
   static int64_t bytes(const Layer& l, const GramPlan& plan) {
-    int64_t total = Scratch::aligned(DirectScratch<T>::tiles_bytes());
+    int64_t total = Scratch::aligned(tiles_bytes<T>());
     for (int64_t size : sizes(l, plan)) total += Scratch::aligned(size);
     return total;
   }
@@ -351,29 +412,41 @@ GramSums gram(const Layer& l, const GramPlan& plan, const char* input, const cha
 
 // ---- choice by arithmetic
 
-// Multiply-adds of the tiles, with what rounding up to tiles wastes.
+// Costs are in multiply-adds of the tiles, with what rounding up to tiles wastes.
+
+// Entries of the tiles that cover the gradient of one kernel offset and group.
 template <class T>
-double direct_cost(const Layer& l) {
+double tile_entries(const Layer& l) {
   const MatrixKernels<T>& matrix = matrix_kernels<T>();
-  return double(points(l.out)) * points(l.kernel) * round_up(l.features, matrix.rows) *
-         round_up(l.channels, matrix.lanes);
+  return double(round_up(l.features, matrix.rows)) * round_up(l.channels, matrix.lanes);
+}
+
+// Groups in the lanes of vectors, instead of channels.
+template <class T>
+double lanes_cost(const Layer& l) {
+  const int64_t lanes = matrix_kernels<T>().lanes;
+  return kLanesCost * points(l.out) * points(l.kernel) * l.features * l.channels * round_up(l.groups, lanes) / l.groups;
+}
+
+template <class T>
+double tiles_cost(const Layer& l) {
+  return (double(points(l.out)) + kTileCost) * points(l.kernel) * tile_entries<T>(l);
 }
 
 template <class T>
 double gram_cost(const Layer& l, const GramPlan& plan) {
-  const int64_t tile = 2 * matrix_kernels<T>().lanes;
-  const auto stripe_cost = [&](int64_t begin, int64_t end, int64_t count) {  // entries computed
+  const int64_t tile = 2 * matrix_kernels<T>().lanes, positions = points(l.out);
+  const auto entries = [&](int64_t begin, int64_t end, int64_t count) {  // computed for rows begin .. end
     return double(end - begin) * (count - begin - (end - begin) / 2.0 + tile);
   };
-  const int64_t positions = points(l.out);
   double cost = 0;
   for (int64_t begin = 0, stripe = 0; begin < positions; begin += plan.stripe, ++stripe) {
-    const int64_t end = std::min(positions, begin + plan.stripe);
-    const double entries = stripe_cost(begin, end, positions);
-    cost += entries * l.features;
+    const double of_grads = entries(begin, std::min(positions, begin + plan.stripe), positions);
+    cost += of_grads * (l.features + kEntryCost);
     for (const Phase& phase : plan.phases) {
-      cost += stripe_cost(phase.stripes[stripe].first, phase.stripes[stripe].second, points(phase.grid)) * l.channels;
-      cost += entries * phase.shifts.size();
+      const auto [first, last] = phase.stripes[stripe];
+      cost += entries(first, last, points(phase.grid)) * (l.channels + kEntryCost);
+      cost += of_grads * phase.shifts.size() * (kShiftCost + kLineCost / l.out[2]);
     }
   }
   return cost;
@@ -381,14 +454,19 @@ double gram_cost(const Layer& l, const GramPlan& plan) {
 
 bool single_position(const Layer& l) { return points(l.out) == 1 && points(l.kernel) == 1 && points(l.in) == 1; }
 
+struct Choice {
+  Form form;
+  double cost;  // of one sample and group
+};
+
 template <class T>
-Form cheaper(const Layer& l) {
+Choice cheaper(const Layer& l) {
+  if (single_position(l)) return {Form::kDirect, 0};
   const int64_t positions = points(l.out);
-  if (single_position(l) || positions == 0) return Form::kDirect;
-  // T^2 p / 2 for the Gram matrix of the gradients alone.
-  const double direct = direct_cost<T>(l);
-  if (0.5 * positions * positions * l.features > direct) return Form::kDirect;
-  return gram_cost<T>(l, GramPlan(l)) < direct ? Form::kGram : Form::kDirect;
+  const double direct = std::min(tiles_cost<T>(l), lanes_cost<T>(l));
+  if (0.5 * positions * positions * l.features > direct) return {Form::kDirect, direct};  // needs no plan to be known
+  const double gram = gram_cost<T>(l, GramPlan(l));
+  return gram < direct ? Choice{Form::kGram, gram} : Choice{Form::kDirect, direct};
 }
 
 template <class T>
@@ -408,10 +486,20 @@ void add_sq_norms(const Layer& l, Form form, double* totals) {
     return;
   }
   const DirectPlan direct_plan(l);
+  if (lanes_cost<T>(l) < tiles_cost<T>(l) && form == Form::kDirect) {
+    at::parallel_for(0, l.samples, sample_grain(static_cast<int64_t>(l.groups * lanes_cost<T>(l))),
+                     [&](int64_t begin, int64_t end) {
+                       LanesScratch<T> scratch(l, direct_plan);
+                       for (int64_t i = begin; i < end; ++i) {
+                         totals[i] += direct_lanes<T>(l, direct_plan, input_of(i), grads_of(i), scratch);
+                       }
+                     });
+    return;
+  }
   const std::optional<GramPlan> gram_plan = form == Form::kGram ? std::optional<GramPlan>(l) : std::nullopt;
   const int64_t scratch_bytes =
       DirectScratch<T>::bytes(l, direct_plan) + (gram_plan ? GramScratch<T>::bytes(l, *gram_plan) : 0);
-  const double operations = l.groups * (gram_plan ? gram_cost<T>(l, *gram_plan) : direct_cost<T>(l));
+  const double operations = l.groups * (gram_plan ? gram_cost<T>(l, *gram_plan) : tiles_cost<T>(l));
   at::parallel_for(0, l.samples, sample_grain(static_cast<int64_t>(operations)), [&](int64_t begin, int64_t end) {
     Scratch memory(scratch_bytes);
     DirectScratch<T> direct_scratch(memory, l, direct_plan);
@@ -436,77 +524,100 @@ void add_sq_norms(const Layer& l, Form form, double* totals) {
 
 // ---- with the gradient of the batch
 
+// Samples packed one after the other: gradients as [row groups][samples * positions][rows], inputs as
+// [panels][samples * positions][width].
 template <class T>
-void pack_sample(const Layer& l, int64_t sample, int64_t inputs, T* packed_grads, T* packed_input) {
-  const int64_t bytes = element_bytes(l.dtype), positions = l.out[2];
-  pack_grads(l, l.grads + sample * l.grads_sample * bytes, packed_grads);
-  const Panels panels{inputs, matrix_kernels<T>().lanes};
-  for (int64_t j = 0; j < panels.count(); ++j, packed_input += positions * 2 * panels.lanes) {
-    const int64_t first = panels.first(j), width = panels.width(j), used = std::min(panels.used(j), l.channels - first);
-    pack_input(l, l.out, l.input + sample * l.input_sample * bytes, first, used, width, packed_input);
-    if (used < panels.used(j)) {
-      for (int64_t t = 0; t < positions; ++t) packed_input[t * width + used] = T(1);
-    }
-  }
-}
+struct Chunk {
+  const Layer& layer;
+  Panels panels;  // of the inputs; beyond the channels there may be one that is always 1
+  int64_t row_groups, samples, grads_pitch, input_pitch;
+  Scratch scratch;
+  T *grads, *input;
 
-// A bias is the weight of one more input, which is always 1. Samples are packed a chunk at a time; a thread owns a
-// block of the gradient and adds the samples to it in order, so that any number of threads gives the same bits.
+  Chunk(const Layer& l, int64_t inputs)
+      : layer(l),
+        panels{inputs, matrix_kernels<T>().lanes},
+        row_groups(ceil_div(l.features, matrix_kernels<T>().rows)),
+        samples(std::clamp<int64_t>(kChunk / (l.out[2] * (l.features + inputs)), 1, l.samples)),
+        grads_pitch(samples * l.out[2] * matrix_kernels<T>().rows + kPackSlack),
+        input_pitch(samples * l.out[2] * 2 * panels.lanes + kPackSlack),
+        scratch(Scratch::aligned(row_groups * grads_pitch * sizeof(T)) +
+                Scratch::aligned(panels.count() * input_pitch * sizeof(T))),
+        grads(scratch.take<T>(row_groups * grads_pitch * sizeof(T))),
+        input(scratch.take<T>(panels.count() * input_pitch * sizeof(T))) {}
+
+  void pack(int64_t first, int64_t count) {
+    const PackFn pack = kernels().pack[static_cast<int>(layer.dtype)];
+    const int64_t bytes = element_bytes(layer.dtype), positions = layer.out[2], rows = matrix_kernels<T>().rows;
+    // Packing may write past its end: a thread packs the samples of a panel in order.
+    at::parallel_for(
+        0, row_groups + panels.count(), sample_grain(count * positions * rows), [&](int64_t begin, int64_t end) {
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t j = item - row_groups;
+            for (int64_t i = 0; i < count; ++i) {
+              if (j < 0) {
+                const char* from =
+                    layer.grads + ((first + i) * layer.grads_sample + item * rows * layer.grads_channel) * bytes;
+                pack(from, layer.grads_position, layer.grads_channel, positions,
+                     std::min(rows, layer.features - item * rows), rows, rows,
+                     grads + item * grads_pitch + i * positions * rows);
+                continue;
+              }
+              const int64_t width = panels.width(j), left = panels.first(j);
+              const int64_t used = std::min(panels.used(j), layer.channels - left);
+              T* panel = input + j * input_pitch + i * positions * width;
+              pack(layer.input + ((first + i) * layer.input_sample + left * layer.input_channel) * bytes,
+                   layer.input_space[2], layer.input_channel, positions, used, width, width, panel);
+              for (int64_t t = 0; used < panels.used(j) && t < positions; ++t) panel[t * width + used] = 1;
+            }
+          }
+        });
+  }
+};
+
+// A bias is the weight of one more input, which is always 1. A thread owns a block of the gradient and adds the samples
+// to it in order, so that any number of threads gives the same bits. Without `totals` the samples are not told apart.
 template <class T>
-void add_grads_and_sq_norms(const Layer& l, T* weight_grad, T* bias_grad, double* totals) {
+void add_grads(const Layer& l, T* weight_grad, T* bias_grad, double* totals) {
   const MatrixKernels<T>& matrix = matrix_kernels<T>();
-  const int64_t positions = l.out[2], inputs = l.channels + (bias_grad != nullptr ? 1 : 0);
-  const Panels panels{inputs, matrix.lanes};
-  const int64_t row_groups = ceil_div(l.features, matrix.rows), row_blocks = ceil_div(row_groups, kGroupBlock);
-  const int64_t units = panels.count() * row_blocks;
-  const int64_t grads_size = row_groups * matrix.rows * positions + kPackSlack;
-  const int64_t input_size = panels.padded() * positions + kPackSlack;
-  const int64_t chunk = std::clamp<int64_t>(kChunk / std::max<int64_t>(1, grads_size + input_size), 1, l.samples);
-  const int64_t bytes[] = {chunk * grads_size * static_cast<int64_t>(sizeof(T)),
-                           chunk * input_size * static_cast<int64_t>(sizeof(T)), chunk * units * 8};
-  Scratch scratch(Scratch::aligned(bytes[0]) + Scratch::aligned(bytes[1]) + Scratch::aligned(bytes[2]));
-  T *packed_grads = scratch.take<T>(bytes[0]), *packed_input = scratch.take<T>(bytes[1]);
-  double* squares = scratch.take<double>(bytes[2]);
-  std::vector<Run> runs;
-  append_runs(runs, 0, 1, positions);
-  for (int64_t first = 0; first < l.samples; first += chunk) {
-    const int64_t count = std::min(chunk, l.samples - first);
-    at::parallel_for(0, count, sample_grain(grads_size + input_size), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        pack_sample(l, first + i, inputs, packed_grads + i * grads_size, packed_input + i * input_size);
-      }
-    });
-    at::parallel_for(0, units, sample_grain(count * grads_size * panels.lanes), [&](int64_t begin, int64_t end) {
-      const int64_t block_size = kGroupBlock * matrix.rows * 2 * panels.lanes;
-      Scratch mine(2 * block_size * 8);
-      double *tiles = mine.take<double>(block_size * 8), *sums = mine.take<double>(block_size * 8);
+  Chunk<T> chunk(l, l.channels + (bias_grad != nullptr ? 1 : 0));
+  const Panels& panels = chunk.panels;
+  const int64_t row_blocks = ceil_div(chunk.row_groups, kGroupBlock), units = panels.count() * row_blocks;
+  std::vector<double> squares(totals != nullptr ? chunk.samples * units : 0);
+  for (int64_t first = 0; first < l.samples; first += chunk.samples) {
+    const int64_t count = std::min(chunk.samples, l.samples - first);
+    chunk.pack(first, count);
+    const int64_t pieces = totals != nullptr ? count : 1, length = count * l.out[2] / pieces;
+    const int64_t operations = count * l.out[2] * std::min(l.features, kGroupBlock * matrix.rows) * 2 * panels.lanes;
+    at::parallel_for(0, units, sample_grain(operations), [&](int64_t begin, int64_t end) {
+      const int64_t bytes = tiles_bytes<T>();
+      Scratch scratch(2 * bytes);
+      double *tiles = scratch.take<double>(bytes), *sums = scratch.take<double>(bytes);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t j = unit / row_blocks, group = unit % row_blocks * kGroupBlock, width = panels.width(j);
-        const int64_t groups = std::min(kGroupBlock, row_groups - group), size = groups * matrix.rows * width;
+        const int64_t groups = std::min(kGroupBlock, chunk.row_groups - group), size = groups * matrix.rows * width;
         std::fill_n(sums, size, 0.0);
-        for (int64_t i = 0; i < count; ++i) {
-          const T* row = packed_grads + i * grads_size + group * positions * matrix.rows;
-          const T* column = packed_input + i * input_size + panels.first(j) * positions;
+        for (int64_t i = 0; i < pieces; ++i) {
           std::fill_n(tiles, size, 0.0);
-          for (const Run& run : runs) {
-            matrix.multiply(row + run.first * matrix.rows, positions * matrix.rows, groups, column, width, 1, &run, 1,
-                            tiles);
+          for (int64_t t = i * length; t < (i + 1) * length; t += kSumBlock) {
+            const Run run{t, std::min(kSumBlock, (i + 1) * length - t)};
+            matrix.multiply(chunk.grads + group * chunk.grads_pitch + t * matrix.rows, chunk.grads_pitch, groups,
+                            chunk.input + j * chunk.input_pitch, width, 1, &run, 1, tiles);
           }
-          squares[unit * count + i] = matrix.sum_squares(tiles, size);
-          for (int64_t e = 0; e < size; ++e) sums[e] += tiles[e];
+          const double square = matrix.sum_squares(tiles, size, sums);
+          if (totals != nullptr) squares[unit * count + i] = square;
         }
-        const int64_t last = std::min(l.features, (group + groups) * matrix.rows);
-        for (int64_t r = group * matrix.rows; r < last; ++r) {
+        const int64_t end_row = std::min(l.features, (group + groups) * matrix.rows);
+        const int64_t weights = std::min(panels.used(j), l.channels - panels.first(j));
+        for (int64_t r = group * matrix.rows; r < end_row; ++r) {
           const double* tile = sums + (r - group * matrix.rows) * width;
-          for (int64_t c = 0; c < panels.used(j); ++c) {
-            const int64_t column = panels.first(j) + c;
-            T& total = column < l.channels ? weight_grad[r * l.channels + column] : bias_grad[r];
-            total = static_cast<T>(total + tile[c]);
-          }
+          T* row = weight_grad + r * l.channels + panels.first(j);
+          for (int64_t c = 0; c < weights; ++c) row[c] = static_cast<T>(row[c] + tile[c]);
+          if (weights < panels.used(j)) bias_grad[r] = static_cast<T>(bias_grad[r] + tile[weights]);
         }
       }
     });
-    for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t unit = 0; totals != nullptr && unit < units; ++unit) {
       for (int64_t i = 0; i < count; ++i) totals[first + i] += squares[unit * count + i];
     }
   }
@@ -522,7 +633,7 @@ Form parse_form(std::string_view form) {
 
 Form choose_form(const Layer& layer, Form form) {
   if (form != Form::kAuto) return form;
-  with_compute_type(layer.dtype, [&](auto zero) { form = cheaper<decltype(zero)>(layer); });
+  with_compute_type(layer.dtype, [&](auto zero) { form = cheaper<decltype(zero)>(layer).form; });
   return form;
 }
 
@@ -532,12 +643,16 @@ void add_weight_sq_norms(const Layer& layer, Form form, double* totals) {
   with_compute_type(layer.dtype, [&](auto zero) { add_sq_norms<decltype(zero)>(layer, form, totals); });
 }
 
-void add_weight_grad_and_sq_norms(const Layer& layer, void* weight_grad, void* bias_grad, double* totals) {
-  if (layer.samples == 0 || points(layer.out) == 0 || layer.features == 0) return;
+bool add_weight_grad_and_sq_norms(const Layer& layer, void* weight_grad, void* bias_grad, double* totals) {
+  if (layer.samples == 0 || points(layer.out) == 0 || layer.features == 0) return true;
+  bool together = false;
   with_compute_type(layer.dtype, [&](auto zero) {
     using T = decltype(zero);
-    add_grads_and_sq_norms<T>(layer, static_cast<T*>(weight_grad), static_cast<T*>(bias_grad), totals);
+    together = kTileCost * tile_entries<T>(layer) < cheaper<T>(layer).cost;
+    add_grads<T>(layer, static_cast<T*>(weight_grad), static_cast<T*>(bias_grad), together ? totals : nullptr);
   });
+  if (!together) add_weight_sq_norms(layer, Form::kAuto, totals);
+  return together;
 }
 
 }  // namespace adaselect
