@@ -8,7 +8,8 @@ does all three; beyond, each step is a launch whose last program combines the ot
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -717,7 +718,8 @@ def _make_plan(methods: tuple[int, ...], has_state: bool, options: tuple) -> Pla
     )  # fmt: skip
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Where a batch's numbers are: losses and gradient norms [N], and what marks a row as not valid.
 
     A row is not valid where `valid` (an [outer, inner] array of targets or flags) equals `invalid_value`.
@@ -728,10 +730,12 @@ class Rows(NamedTuple):
     valid: Tensor | None
     invalid_value: int
 
+    @cached_property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         losses = self.losses
         return losses, losses if self.grads is None else self.grads, losses if self.valid is None else self.valid
 
+    @cached_property
     def shape(self) -> "RowsShape":
         stride_grad = 0 if self.grads is None else self.grads.stride(0)
         if self.valid is None:
@@ -767,10 +771,10 @@ def one_program(
     indices = n_valid if order is None else torch.empty(k, dtype=torch.int64, device=device)
     by_score = order == "score" and k > 1
     ranked = by_score and n <= ALL_ROWS_RANKED.value
-    launch = _batch_launch(rows.shape(), plan, k, order is not None, ranked, out_losses is not None)
+    launch = _batch_launch(rows.shape, plan, k, order is not None, ranked, out_losses is not None)
     with launch_device(losses):
         launch(
-            *rows.tensors(), losses if state is None else state, scores, n_valid, indices,
+            *rows.tensors, losses if state is None else state, scores, n_valid, indices,
             scores if out_losses is None else out_losses,
             options=(seed, plan.beta, plan.temperature, plan.floor, plan.power),
         )  # fmt: skip
@@ -802,8 +806,8 @@ def many_programs(rows: Rows, state: Tensor | None, plan: Plan, k: int, seed: in
                 for i, method in enumerate(plan.methods):
                     chosen = baseline_choice(rows, method, summary, k, seed)
                     _chosen_loss(rows, chosen, partials, arrivals, given[i])
-            _sums_launch(rows.shape(), plan)(
-                *rows.tensors(), losses if state is None else state, given, partials, arrivals, summary,
+            _sums_launch(rows.shape, plan)(
+                *rows.tensors, losses if state is None else state, given, partials, arrivals, summary,
                 options=(seed, plan.beta, plan.temperature, plan.floor),
             )  # fmt: skip
         _scores(rows, summary, scores, plan, plan.methods[0] if plan.baseline else -1, seed)
@@ -814,11 +818,11 @@ def _moments(rows: Rows, state: Tensor | None, plan: Plan, n_valid: Tensor) -> t
     """summary, and the scratch of the launches after it: partials and arrivals."""
     losses = rows.losses
     device = losses.device
-    launch = _moments_launch(rows.shape(), plan, state is not None)
+    launch = _moments_launch(rows.shape, plan, state is not None)
     summary = torch.empty(SUMMARY.value, dtype=torch.float64, device=device)
     partials = torch.empty((2 * LANES.value + 1) * launch.grid[0], dtype=torch.float64, device=device)
     arrivals = counters(device, 1)
-    launch(*rows.tensors(), losses if state is None else state, partials, arrivals, summary, n_valid)
+    launch(*rows.tensors, losses if state is None else state, partials, arrivals, summary, n_valid)
     return summary, partials, arrivals
 
 
@@ -847,8 +851,8 @@ def _sums_launch(shape: RowsShape, plan: Plan) -> Launch:
 
 
 def _scores(rows: Rows, summary: Tensor, out: Tensor, plan: Plan, key_method: int, seed: int) -> None:
-    launch = _scores_launch(rows.shape(), plan, key_method)
-    launch(*rows.tensors(), summary, out, options=(seed, plan.temperature, plan.power))
+    launch = _scores_launch(rows.shape, plan, key_method)
+    launch(*rows.tensors, summary, out, options=(seed, plan.temperature, plan.power))
 
 
 @cached
@@ -890,7 +894,7 @@ def _move_launch(kernel, k: int) -> Launch:
 
 
 def _chosen_loss(rows: Rows, chosen: Tensor, partials: Tensor, arrivals: Tensor, out: Tensor) -> None:
-    _chosen_loss_launch(rows.shape(), chosen.shape[0])(*rows.tensors(), chosen, partials, arrivals, out)
+    _chosen_loss_launch(rows.shape, chosen.shape[0])(*rows.tensors, chosen, partials, arrivals, out)
 
 
 @cached
@@ -920,8 +924,8 @@ def score_rows(
     `out_losses` [N] float32 receives the losses when it is given.
     """
     plan = make_plan(methods, state is not None, options)
-    if not plan.has_grad:
-        rows = rows._replace(grads=None)
+    if rows.grads is not None and not plan.has_grad:
+        rows = replace(rows, grads=None)
     both_ends = plan.baseline and methods[0] == _CORESET1
     small = rows.losses.shape[0] <= ONE_PROGRAM_ROWS and not plan.selected
     if small:

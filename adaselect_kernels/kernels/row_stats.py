@@ -612,13 +612,13 @@ def row_stats(
     )  # fmt: skip
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     out = torch.empty((len(stats), plan.n_rows), dtype=compute, device=device)
-    scratch = ()
-    if plan.launch.kernel is stream_kernel:
-        scratch = (out, out)
-        if plan.splits > 1:
-            partials = torch.empty(plan.n_rows * plan.splits * PARTIALS.value, dtype=compute, device=device)
-            scratch = (partials, counters(device, plan.n_rows))
     with launch_device(logits):
+        scratch = ()
+        if plan.launch.kernel is stream_kernel:
+            scratch = (out, out)
+            if plan.splits > 1:
+                partials = torch.empty(plan.n_rows * plan.splits * PARTIALS.value, dtype=compute, device=device)
+                scratch = (partials, counters(device, plan.n_rows))
         plan.launch(logits, targets, out, *scratch, options=(float_bits(label_smoothing),))
     return out
 

@@ -58,7 +58,7 @@ class Launch:
         self.kernel, self.integers, self.constants, self.num_warps = kernel, integers, dict(constants), num_warps
         self.grid = grid + (1,) * (3 - len(grid))
         self._tail = tuple(self.constants[name] for name in kernel.arg_names[-len(self.constants) :])
-        self._compiled: dict[Any, tuple[Any, Any, Any]] = {}
+        self._compiled: dict[Any, tuple[Any, Any, Any, Any]] = {}
         if DIRECT:
             options = [parameter for parameter in kernel.params if parameter.annotation == "i64"]
             if not all(option.do_not_specialize for option in options):
@@ -71,7 +71,7 @@ class Launch:
             pointers = [tensor.data_ptr() for tensor in tensors]
             key = (device, len(options) == self._n_options, *[tensor.dtype for tensor in tensors])
             if key in self._compiled and reduce(or_, pointers) % 16 == 0 and not _observed():
-                run, function, metadata = self._compiled[key]
+                run, function, metadata, _ = self._compiled[key]
                 stream = triton.runtime.driver.active.get_current_stream(device)
                 run(
                     *self.grid,
@@ -89,7 +89,8 @@ class Launch:
                 return
             compiled = self._dispatch(tensors, options)
             if compiled is not None and reduce(or_, pointers) % 16 == 0:
-                self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+                # the kernel too: it unloads its function when nothing holds it any more
+                self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
         else:
             self._dispatch(tensors, options)
 
