@@ -90,6 +90,39 @@ def test_the_registering_layer_compiles_against_this_torch():
     assert done.returncode == 0, done.stderr
 
 
+# --- Triton's asynchronous copies -------------------------------------------------------------------------------------
+
+
+def copied_bytes(entry, tmp_path) -> set[int]:
+    """Sizes of the asynchronous copies from global to shared memory of a kernel compiled for Hopper, in a fresh cache."""
+    program = f"""
+import re
+from adaselect_kernels.kernels import grad_norms
+from benchmarks import aot
+entry = next(e for e in aot.shipped("grad_norms", "sm_90") if e.name == {entry!r})
+source = aot.source(entry)
+options = {{"num_warps": entry.num_warps, "enable_fp_fusion": True}}
+ptx = aot.triton.compile(source, target=aot.TARGETS["sm_90"], options=options).asm["ptx"]
+print({{int(size, 16) for size in re.findall(r"cp\\.async\\.c\\w\\.shared\\.global [^;]*?, (0x\\w+)", ptx)}})
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return eval(done.stdout)
+
+
+@pytest.mark.parametrize("entry", ["fused-bf16-ieee-4096-roomy", "direct-fp32-ieee-4096", "gram-bf16-T64"])
+def test_aligned_linear_layers_are_copied_16_bytes_at_a_time(entry, tmp_path):
+    pytest.importorskip("triton")
+    assert copied_bytes(entry, tmp_path) == {16}
+
+
+def test_a_narrow_copy_is_seen(tmp_path):
+    """Unaligned positions of a convolution, 4 bytes at a time."""
+    pytest.importorskip("triton")
+    assert copied_bytes("direct-conv1d-t-last-fp32", tmp_path) == {4}
+
+
 # --- the algorithm, on the host ---------------------------------------------------------------------------------------
 
 HARNESS = """
