@@ -69,8 +69,16 @@ class PerSampleGradNorm:
             raise ValueError(f"sample_dim must be an integer of at least 0, got {sample_dim!r}")
         self._model, self._reduction, self._sample_ids = model, loss_reduction, _checked_ids(sample_ids)
         leaves = _leaves(model, parameters)
+        norms = [
+            (name, getattr(m, kind, None)) for name, m in model.named_modules() for kind in ("running_mean", "weight")
+        ]
         self._recorder = Recorder(
-            leaves, weight_gradients=weight_gradients, batchnorm=batchnorm, fallback=fallback, sample_dim=sample_dim
+            leaves,
+            [(name, tensor) for name, tensor in norms if isinstance(tensor, Tensor)],
+            weight_gradients=weight_gradients,
+            batchnorm=batchnorm,
+            fallback=fallback,
+            sample_dim=sample_dim,
         )
         self._leaves = [leaf for leaf in leaves if leaf.wanted]
         self._open = contextlib.ExitStack()

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaselect_kernels.grad_norms import layout, rules
 from adaselect_kernels.grad_norms.gradients import (
@@ -38,6 +37,28 @@ from adaselect_kernels.grad_norms.rows import Rows
 
 class UnaccountedParameter(ValueError):
     """A parameter takes part in the loss in a way whose per-sample gradients are not known; nothing was computed."""
+
+
+class TensorMap:
+    """What is known of a tensor, by the object that it is; it may go when it likes."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref, Any]] = {}
+
+    def __setitem__(self, tensor: Tensor, value: Any) -> None:
+        self._entries[id(tensor)] = weakref.ref(tensor), value
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        entry = self._entries.get(id(tensor))
+        return entry is not None and entry[0]() is tensor
+
+    def __getitem__(self, tensor: Tensor) -> Any:
+        if tensor not in self:
+            raise KeyError(tensor.shape)
+        return self._entries[id(tensor)][1]
+
+    def get(self, tensor: Tensor) -> Any:
+        return self._entries[id(tensor)][1] if tensor in self else None
 
 
 class Keep(torch.autograd.Function):
@@ -63,7 +84,7 @@ class Attach(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grads: Tensor):
+    def backward(ctx, grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, grads if ctx.needs_input_grad[1] else None, *ctx.gradients(grads)
 
 
@@ -116,13 +137,25 @@ def opened(func: types.FunctionType) -> types.FunctionType | None:
 
 
 class Recorder(TorchFunctionMode):
-    """See the module's docstring. `leaves`: every trainable parameter of the model."""
+    """See the module's docstring.
+
+    leaves: every trainable parameter of the model. norm_tensors: (module's name, weight or running mean) of each module
+    that has such, to name the one that is refused.
+    """
 
     def __init__(
-        self, leaves: Sequence[Leaf], *, weight_gradients: str, batchnorm: str, fallback: str, sample_dim: int
+        self,
+        leaves: Sequence[Leaf],
+        norm_tensors: Sequence[tuple[str, Tensor]],
+        *,
+        weight_gradients: str,
+        batchnorm: str,
+        fallback: str,
+        sample_dim: int,
     ) -> None:
         super().__init__()
         self.leaves = {id(leaf.parameter): leaf for leaf in leaves}
+        self.norm_tensors = norm_tensors
         self.weight_gradients, self.batchnorm, self.fallback = weight_gradients, batchnorm, fallback
         self.sample_dim = sample_dim
         self.rows: Rows | None = None
@@ -136,15 +169,15 @@ class Recorder(TorchFunctionMode):
     # ---- a batch
 
     def reset(self) -> None:
-        self._samples = WeakTensorKeyDictionary()  # tensor -> Layout or None
-        self._shared = WeakTensorKeyDictionary()  # tensor -> (ids of its leaves, the leaf it is a mere view of or None)
+        self._samples = TensorMap()  # tensor -> Layout or None
+        self._shared = TensorMap()  # tensor -> (ids of its leaves, the leaf it is a mere view of or None)
         self._sample_nodes: dict[Any, Layout | None] = {}
         self._accounted: set[Any] = set()
         self._shared_nodes: dict[Any, frozenset[int]] = {}
         self._segments: set[Any] = set()  # nodes of reentrant checkpoints
         self._inputs: list[Tensor] = []  # kept, so that a recomputation finds the same objects
         self.finished = False
-        self._means = WeakTensorKeyDictionary()  # mean losses -> how many terms
+        self._means = TensorMap()  # mean losses -> how many terms
         self.means_seen, self.mean_count = False, None
         for key, leaf in self.leaves.items():
             leaf.reset()
@@ -154,8 +187,8 @@ class Recorder(TorchFunctionMode):
         """Keep the norms and drop what only a backward pass needs."""
         self._sample_nodes, self._accounted, self._shared_nodes = {}, set(), {}
         self._segments, self._inputs = set(), []
-        self._means = WeakTensorKeyDictionary()
-        self._samples, self._shared = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self._means = TensorMap()
+        self._samples, self._shared = TensorMap(), TensorMap()
 
     def begin(self, inputs: Any, sample_ids: Tensor | None) -> None:
         """The model is called with `inputs`: a new batch, or more of the one whose backward pass is still to come."""
@@ -189,7 +222,8 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, func, args, kwargs) -> Any:
         """Run a function; what checkpointing recomputes for its saved tensors is then seen as well."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) if torch.is_grad_enabled() else None
+        top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+        hooks = top_hooks(False) if torch.is_grad_enabled() else None
         if hooks is None:
             return func(*args, **kwargs)
         pack, unpack = hooks
@@ -215,7 +249,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
         for tensor in tensors:
-            if tensor.grad_fn in self._sample_nodes and tensor not in self._samples:
+            if tensor not in self._samples and tensor.grad_fn in self._sample_nodes:
                 self._samples[tensor] = self._sample_nodes[tensor.grad_fn]  # another object for the same tensor
         shared = [t for t in tensors if t in self._shared] if torch.is_grad_enabled() else []
         if func is torch.nn.functional.batch_norm and self._is_training(args, kwargs):
@@ -565,10 +599,12 @@ class Recorder(TorchFunctionMode):
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         given = dict(zip(names, args, strict=False)) | kwargs
         if self.batchnorm != "fixed_statistics":
+            owned = [id(given.get(name)) for name in ("running_mean", "weight") if given.get(name) is not None]
+            where = [f" in module {name!r}" for name, tensor in self.norm_tensors if id(tensor) in owned]
             raise UnaccountedParameter(
-                "batch normalisation in training mode: the loss of a sample depends on the whole batch, so its gradient norm"
-                " is not defined. Use eval mode, another normalisation, or batchnorm='fixed_statistics', which takes the"
-                " statistics of the batch for constants"
+                f"BatchNorm in training mode{where[0] if where else ''}: the loss of a sample depends on the whole batch, so"
+                " its gradient norm is not defined. Use eval mode, another normalisation, or batchnorm='fixed_statistics',"
+                " which takes the statistics of the batch for constants"
             )
         self.labels["batchnorm: the statistics of the batch are constants, also for .grad"] = None
         x, eps = given["input"], given.get("eps", 1e-5)
