@@ -1,8 +1,10 @@
-"""The examples in the docstrings are right."""
+"""The examples in the docstrings and in docs/ are right."""
 
 import doctest
 import importlib
+import pathlib
 import pkgutil
+import re
 
 import pytest
 import torch
@@ -27,3 +29,16 @@ def test_there_are_examples():
     finder = doctest.DocTestFinder()
     examples = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
     assert len(examples) >= 5
+
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+BLOCKS = [
+    (page.name, i, block)
+    for page in sorted(DOCS.glob("*.md"))
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
+]
+
+
+@pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=[f"{page}-{i}" for page, i, _ in BLOCKS])
+def test_code_in_the_documentation_runs(page, number, block):
+    exec(compile(block, f"{page}, block {number}", "exec"), {})
