@@ -84,6 +84,7 @@ class PerSampleGradNorm:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "PerSampleGradNorm":
+        self._recorder.open()
         with contextlib.ExitStack() as stack:
             hook = self._model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
             for handle in (hook, *self._recorder.watch()):
@@ -95,7 +96,7 @@ class PerSampleGradNorm:
 
     def __exit__(self, *error: Any) -> None:
         self._open.__exit__(*error)
-        self._recorder.forget_graph()
+        self._recorder.close()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._recorder.begin((args, kwargs), self._sample_ids)

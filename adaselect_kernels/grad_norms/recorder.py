@@ -9,6 +9,7 @@ reaches by a way not seen here is refused too, so no part of a gradient is ever 
 """
 
 import contextlib
+import dataclasses
 import functools
 import types
 import weakref
@@ -164,6 +165,7 @@ class Recorder(TorchFunctionMode):
         self.mean_count: Tensor | int | None = None  # of the loss that was differentiated, where it is one of those
         self.finished = False  # a backward pass has ended: the norms are there
         self._busy = False  # gradients that flow now are of our own asking
+        self._closed = False  # the context has been left
         self.reset()
 
     # ---- a batch
@@ -183,8 +185,13 @@ class Recorder(TorchFunctionMode):
             leaf.reset()
             self._shared[leaf.parameter] = (frozenset([key]), leaf)
 
-    def forget_graph(self) -> None:
-        """Keep the norms and drop what only a backward pass needs."""
+    def open(self) -> None:
+        self.reset()
+        self.rows, self._closed = None, False
+
+    def close(self) -> None:
+        """Keep the norms and drop what only a backward pass needs; a later one is none of ours."""
+        self._closed = True
         self._sample_nodes, self._accounted, self._shared_nodes = {}, set(), {}
         self._segments, self._inputs = set(), []
         self._means = TensorMap()
@@ -237,6 +244,8 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._closed:
+            return func(*args, **kwargs)
         if func is Tensor.backward:
             return self._backward(*args, **kwargs)
         if func is torch.autograd.grad:
@@ -366,7 +375,7 @@ class Recorder(TorchFunctionMode):
     def _leaving(self, derived: Callable[[], Tensor | None], grads: Tensor) -> None:
         """The graph behind a derived tensor is about to run, and to be freed: take what still needs it."""
         tensor = derived()
-        if tensor is None:
+        if tensor is None or self._closed:
             return
         with self._apart():
             for source in self._shared[tensor][0]:
@@ -416,12 +425,12 @@ class Recorder(TorchFunctionMode):
             return None
         if name in rules.BROADCASTING:
             alone = len(wanted) == 1 and len(args) == 2 and not kwargs
-            return rules.broadcast(name, samples[0], wanted[0]) if alone else None
+            return rules.broadcast(name, wanted[0]) if alone else None
         call = rules.RULES[name](*args, **kwargs) if name in rules.RULES else None
         if call is None or call.input is not samples[0]:
             return None
         covered = all(any(tensor is role for role in call.roles.values()) for tensor in wanted)
-        return call if covered else None
+        return dataclasses.replace(call, input=None) if covered else None  # checkpointing may drop the input
 
     def _record(self, func, name: str, writes: bool, args, kwargs, tensors, wanted, known, call) -> Any:
         assert self.rows is not None
@@ -522,6 +531,8 @@ class Recorder(TorchFunctionMode):
         return kept
 
     def _fired(self, use: Use, grads: Sequence[Tensor | None]) -> None:
+        if self._closed:
+            return
         samples = self._samples_of(use)
         with self._apart():
             self._arrive(use, samples, grads)
@@ -530,11 +541,7 @@ class Recorder(TorchFunctionMode):
         ready = []
         for leaf in self._leaves_of(use):
             if leaf.closed:
-                raise self._refusal(
-                    leaf,
-                    f"{use.name} again after its norm was formed: it is shared between segments of reentrant checkpointing"
-                    " (use_reentrant=False works)",
-                )
+                raise self._closed_before(leaf, use)
             leaf.fired[use.late] += 1
             leaf.fresh = True
             for role, tensor in use.shared.items():
@@ -547,6 +554,13 @@ class Recorder(TorchFunctionMode):
             if leaf.fired[False] == leaf.uses[False] and late_done:
                 ready.append(leaf)
         self._close_together(use, ready)
+
+    def _closed_before(self, leaf: Leaf, use: Use) -> UnaccountedParameter:
+        return self._refusal(
+            leaf,
+            f"{use.name} again after its norm was formed: it is shared between segments of reentrant checkpointing"
+            " (use_reentrant=False works)",
+        )
 
     def _close_together(self, use: Use, ready: list[Leaf]) -> None:
         """Weight and bias of one call take one pass when nothing else feeds them."""
@@ -564,25 +578,29 @@ class Recorder(TorchFunctionMode):
     def _fired_fused(self, use: Use, through: Callable[[Tensor], Tensor], grads: Tensor) -> tuple[Tensor, ...]:
         """The weight's and bias's gradients, and where nothing else feeds them their norms in the same pass."""
         samples = self._samples_of(use)
+        assert use.call is not None
+        assert use.call.positions is not None
         with self._apart():
-            leaves = self._leaves_of(use)
-            for leaf in leaves:
-                leaf.fresh = True
-            assert use.call is not None
-            assert use.call.positions is not None
             grads = through(grads)
             a, g = use.call.positions(self.rows, samples[0], use.layouts[0], grads, use.out_layouts[0])
             bias = "bias" in use.shared
             sq_norms, *found = rules.linear_grads_and_sq_norms(a, g, bias)
-            only = {False: leaves[0].uses[False], True: 1} if use.late else {False: 1, True: leaves[0].uses[True]}
-            alone = all(leaf.uses == only and not (use.late and leaf.uses[False]) for leaf in leaves)
-            if alone:
-                leaves[0].close(sq_norms)
-                for leaf in leaves[1:]:
-                    leaf.close(torch.zeros_like(sq_norms))
-            else:
-                self._arrive(use, samples, [grads])
+            if not self._closed:
+                self._arrive_fused(use, samples, grads, sq_norms)
             return tuple(part.to(t.dtype) for part, t in zip(found, use.shared.values(), strict=bias))
+
+    def _arrive_fused(self, use: Use, samples: tuple[Tensor, ...], grads: Tensor, sq_norms: Tensor) -> None:
+        leaves = self._leaves_of(use)
+        alone = all(leaf.uses[use.late] == 1 and not (use.late and leaf.uses[False]) for leaf in leaves)
+        if not alone:
+            self._arrive(use, samples, [grads])
+            return
+        for leaf in leaves:
+            if leaf.closed:
+                raise self._closed_before(leaf, use)
+            leaf.fresh = True
+            leaf.close(sq_norms)
+            sq_norms = torch.zeros_like(sq_norms)  # the first has all of it
 
     # ---- what cannot be split by sample
 
@@ -608,12 +626,15 @@ class Recorder(TorchFunctionMode):
             )
         self.labels["batchnorm: the statistics of the batch are constants, also for .grad"] = None
         x, eps = given["input"], given.get("eps", 1e-5)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            func(**(given | {"input": x.detach(), "weight": None, "bias": None}))  # the running statistics
+        with self._apart():
+            plain = func(**(given | {"input": x.detach()}))  # the running statistics move, as without us
             dims = [dim for dim in range(x.dim()) if dim != 1]
             var, mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, dims, correction=0)
         with self.on():
-            return func(x, mean, var, given.get("weight"), given.get("bias"), False, 0.0, eps)
+            out = func(x, mean, var, given.get("weight"), given.get("bias"), False, 0.0, eps)
+        with self._apart():
+            out.detach().copy_(plain)  # the same numbers, to the last digit
+        return out
 
     def _note_mean(self, func, name: str, args, kwargs, tensors: Sequence[Tensor], out: Tensor) -> None:
         """How many terms a mean loss is the mean of; it stays that when it is multiplied by a number."""
@@ -671,8 +692,7 @@ class Recorder(TorchFunctionMode):
                     self.leaves[key], f"{node}, which is not a torch function that can be seen (a scripted module, an"
                     " autograd.Function, or a call of the model outside this context)",
                 )  # fmt: skip
-        with self.on():
-            torch.autograd.backward(loss, gradient, retain_graph, create_graph)
+        loss.backward(gradient, retain_graph, create_graph)  # another context around this one sees it as well
         with self._apart():
             for leaf in self.leaves.values():
                 if leaf.entries and not leaf.closed:  # some of its uses had no part in the loss

@@ -26,7 +26,7 @@ class Call:
     """
 
     kind: str
-    input: Tensor  # the sample tensor
+    input: Tensor | None  # the sample tensor, while the call is read
     roles: dict[str, Tensor]  # "weight", "bias": the parameters, those given
     sq_norms: Callable[..., Tensor | None]  # None: not this way, by calling again
     positions: Callable[..., tuple[Tensor, ...]] | None = None
@@ -347,7 +347,7 @@ RULES: dict[str, Callable[..., Call | None]] = {
 BROADCASTING = {"add", "sub", "mul"}
 
 
-def broadcast(name: str, input: Tensor, tensor: Tensor) -> Call:
+def broadcast(name: str, tensor: Tensor) -> Call:
     """The gradient of `tensor` is that of the output (times x), summed over the dimensions it is broadcast along."""
 
     def sq_norms(rows, x, layout, grads, grads_layout, weight, bias) -> Tensor | None:
@@ -363,7 +363,7 @@ def broadcast(name: str, input: Tensor, tensor: Tensor) -> Call:
             found = found.sum(summed)
         return found.flatten(1).square().sum(1)
 
-    return Call("broadcast", input, {"weight": tensor}, sq_norms)
+    return Call("broadcast", None, {"weight": tensor}, sq_norms)
 
 
 # Functions of several tensors that broadcast, or join along a dimension: a parameter's part in them is found by calling them
