@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 TOOLS := triton pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff clang-format 'pyright[nodejs]'
 GROUPS ?=
+STEPS ?=
 TIME_LIMIT ?= 540
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
@@ -55,7 +56,7 @@ bench: $(VENV)/.tools
 
 # On a machine with a GPU, which may have no network: uses the Python, torch and compilers found there.
 gpu:
-	$(PYTHON) -m benchmarks gpu --groups "$(GROUPS)" --time-limit $(TIME_LIMIT)
+	$(PYTHON) -m benchmarks gpu --groups "$(GROUPS)" --steps "$(STEPS)" --time-limit $(TIME_LIMIT)
 
 # The operator tests on C++ built with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree.
 SANITIZED := build/sanitized

@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks run|report|gpu|tune|list`."""
+"""Command line: `python -m benchmarks run|report|gpu|tune|static|list`."""
 
 import argparse
 import sys
@@ -16,10 +16,22 @@ def _group(name: str) -> str:
     return name
 
 
-def _group_list(text: str) -> list[str]:
-    """Names separated by commas or spaces; "all" or nothing is all of them."""
+def _names(text: str) -> list[str]:
+    """Names separated by commas or spaces; "all" or nothing is an empty list."""
     names = text.replace(",", " ").split()
-    return list(GROUPS) if names in ([], ["all"]) else [_group(name) for name in names]
+    return [] if names == ["all"] else names
+
+
+def _group_list(text: str) -> list[str]:
+    return [_group(name) for name in _names(text)] or list(GROUPS)
+
+
+def _step_list(text: str) -> list[str]:
+    names = _names(text) or list(gpu.STEPS)
+    for name in names:
+        if name not in gpu.STEPS:
+            raise argparse.ArgumentTypeError(f"the steps are {', '.join(gpu.STEPS)}; got {name!r}")
+    return names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
     lent = commands.add_parser("gpu", help="build, test and measure on a machine with a GPU")
     lent.add_argument("--groups", type=_group_list, default=list(GROUPS), metavar="A,B", help="default all")
+    lent.add_argument(
+        "--steps", type=_step_list, default=list(gpu.STEPS), metavar="A,B", help=f"of {', '.join(gpu.STEPS)}"
+    )
     lent.add_argument("--time-limit", type=float, default=540.0, metavar="SECONDS")
     lent.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
     lent.add_argument("--force", action="store_true", help="also groups whose results are up to date")
@@ -53,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     tables.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
     tables.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU interpreted: measures nothing")
 
+    commands.add_parser("static", help="compile the kernels for GPUs that are not there; write docs/static_gate.md")
     commands.add_parser("list", help="the groups and their cases")
     return main
 
@@ -79,13 +95,19 @@ def _tune(args: argparse.Namespace, device: torch.device) -> int:
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.command == "gpu":
-        return gpu.run(args.groups, args.time_limit, args.out, force=args.force, dry_run=args.dry_run)
+        return gpu.run(args.groups, args.time_limit, args.out, steps=args.steps, force=args.force, dry_run=args.dry_run)
     if args.command == "report":
         from benchmarks import report  # needs matplotlib, which a machine that only measures may not have
 
         for line in report.write(args.results, args.docs, args.readme):
             print(line)
         return 0
+    if args.command == "static":
+        from benchmarks import static  # needs Triton
+
+        faults = static.write()
+        print("\n".join(faults))
+        return int(bool(faults))
     wanted = getattr(args, "device", "auto")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
     if args.command == "tune":

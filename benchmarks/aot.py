@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,22 +95,52 @@ def find(job: Job) -> Compilation:
     return next(entry for entry in shipped(family, target) if entry.name == name)
 
 
-def all_jobs(targets: Iterable[str] = TARGETS) -> list[Job]:
-    """Every shipped configuration on every target."""
-    return [
-        (family, target, entry.name) for target in targets for family in FAMILIES for entry in shipped(family, target)
-    ]
+MAIN_TARGET = "sm_90"
+MAIN_TYPES, OTHER_TYPES = {"fp32", "bf16"}, {"fp16", "fp64"}
+HEAVY = {"all", "every"}  # statistics or methods
 
 
-def compile_jobs(jobs: Sequence[Job], cache: str) -> Iterator[Report]:
-    """Reports of the jobs in their order, by WORKERS processes; an empty `cache` hides no failure behind an old success."""
+def input_type(entry: Compilation) -> str:
+    return next(iter({*MAIN_TYPES, *OTHER_TYPES}.intersection(entry.name.split("-"))), "fp32")
+
+
+def heaviest(family: str, target: str, types: set[str]) -> set[str]:
+    """The last configuration of every kernel, of its kind of layer and of each input type, with everything asked of it."""
+    last: dict[tuple[Any, ...], Compilation] = {}
+    for entry in sorted(shipped(family, target), key=lambda entry: bool(HEAVY & set(entry.name.split("-")))):
+        last[entry.kernel.fn.__name__, entry.name.split("-")[0], "conv" in entry.name, input_type(entry)] = entry
+    return {entry.name for entry in last.values() if input_type(entry) in types}
+
+
+def every_job(family: str) -> list[Job]:
+    return [(family, target, entry.name) for target in TARGETS for entry in shipped(family, target)]
+
+
+def cover(family: str) -> list[Job]:
+    """What `make test` has the time for: a third of all.
+
+    Every float32 and bfloat16 configuration for Hopper; the heaviest of each kernel of float16, which is bfloat16's code
+    but for the conversion, and of float64; and the heaviest for the other targets.
+    """
+    chosen = {target: heaviest(family, target, MAIN_TYPES) for target in TARGETS}
+    chosen[MAIN_TARGET] = heaviest(family, MAIN_TARGET, OTHER_TYPES)
+    chosen[MAIN_TARGET] |= {e.name for e in shipped(family, MAIN_TARGET) if input_type(e) in MAIN_TYPES}
+    return [job for job in every_job(family) if job[2] in chosen[job[1]]]
+
+
+def compile_jobs(jobs: Sequence[Job], cache: str | None = None) -> Iterator[Report]:
+    """Reports of the jobs in their order, by WORKERS processes.
+
+    cache: a folder for compiled kernels; an empty one hides no failure behind an old success. None: Triton's own.
+    """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(WORKERS, context, _use_cache, (cache,)) as pool:
         yield from pool.map(_compile_job, jobs)
 
 
-def _use_cache(folder: str) -> None:
-    os.environ["TRITON_CACHE_DIR"] = folder
+def _use_cache(folder: str | None) -> None:
+    if folder is not None:
+        os.environ["TRITON_CACHE_DIR"] = folder
 
 
 def _compile_job(job: Job) -> Report:

@@ -1,11 +1,14 @@
-"""Everything a GPU machine is lent for, in one command: build, GPU tests, then the groups whose results are out of date.
+"""Everything a GPU machine is lent for, in one command: build, GPU tests, sanitizers, then the groups, stale ones first.
 
-Nothing is fetched: it uses the Python and torch found, builds in place, and puts the repository on PYTHONPATH. Each step
-runs in a process of its own with the time that is left, so a fault in one leaves the others their turn.
+Nothing is fetched: it uses the Python, torch and compilers found, builds in place, and puts the repository on PYTHONPATH.
+Wheels in the folder .whl of the repository (published peers, pytest) are installed into a folder that lasts as long as the
+run. Each step runs in a process of its own with a limit of its own, so that a fault or a hang in one leaves the others
+their turn; a result file is written as each group finishes.
 """
 
-import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,88 +20,169 @@ import torch
 
 from benchmarks import records
 from benchmarks.micro import GROUPS
+from benchmarks.targets import TARGETS
 
-BUILD_SECONDS, TEST_SECONDS = 300, 300  # at most
-
-
-def _step(name: str, command: Sequence[str], seconds: float) -> str:
-    """Run a command of this repository; returns "ok" or what went wrong."""
-    if seconds <= 0:
-        return "skipped: no time left"
-    paths = [str(records.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    print(f"== {name}: {' '.join(command)}", flush=True)
-    try:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=records.ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"failed: not done within {seconds:.0f} s"
-    return "ok" if done.returncode == 0 else f"failed: exit code {done.returncode}"
+STEPS = ("build", "tests", "sanitizers", "groups")
+# Seconds at most; each is also held to half of the time that is left, so that every later step has its turn.
+LIMITS = {"wheels": 60, "build": 300, "tests": 240, "sanitizers": 90}
+SANITIZERS = ("memcheck", "racecheck")
+SANITIZER_TARGET = "tests/gpu/sanitizer_target.py"
+OVERRUN = 1.5  # of a group's share, and GRACE_S: then it is stopped; before, it stops by itself between two cases
+GRACE_S = 20.0
+WHEELS = records.ROOT / ".whl"
 
 
-def _test(name: str, device: torch.device, seconds: float) -> str:
-    if not any((records.ROOT / "tests" / "gpu").glob("test_*.py")):
-        return "skipped: there are no GPU tests"
-    if importlib.util.find_spec("pytest") is None:
-        return "skipped: pytest is not installed"
-    return _step(name, ["-m", "pytest", "tests/gpu", "-q"], seconds)
+class Run:
+    """The time that is left, the environment of the steps, and what became of each."""
+
+    def __init__(self, time_limit: float) -> None:
+        self.end = time.monotonic() + time_limit
+        self.outcome: dict[str, str] = {}
+        paths = [str(records.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def limit(self, step: str) -> float:
+        return min(LIMITS[step], self.left() / 2)
+
+    def step(self, name: str, command: Sequence[str], seconds: float) -> None:
+        """Run a command and note "ok" or what went wrong; a process that is late is ended with all its children."""
+        if seconds < 1:
+            self.outcome[name] = "skipped: no time left"
+            return
+        print(f"== {name}, {seconds:.0f} s at most", flush=True)
+        process = subprocess.Popen(command, cwd=records.ROOT, env=self.environment, start_new_session=True)
+        began = time.monotonic()
+        try:
+            code = process.wait(seconds)
+            took = f"{time.monotonic() - began:.0f} s"
+            self.outcome[name] = f"ok, {took}" if code == 0 else f"failed: exit code {code}, {took}"
+        except subprocess.TimeoutExpired:
+            self.outcome[name] = f"failed: not done within {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def failed(self) -> bool:
+        return any(result.startswith("failed") for result in self.outcome.values())
+
+    def summary(self) -> None:
+        print("\nsummary")
+        for name, result in self.outcome.items():
+            print(f"  {name:20} {result}", flush=True)
 
 
-def run(groups: Sequence[str], time_limit: float, out: Path | None, *, force: bool, dry_run: bool) -> int:
+def _wheels(run: Run, target: Path) -> None:
+    """Install the wheels that were brought along, behind the packages of the machine's own torch."""
+    wheels = sorted(map(str, WHEELS.glob("*.whl")))
+    if not wheels:
+        run.outcome["wheels"] = "skipped: none in .whl"
+        return
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
+    run.step("wheels", [*pip, *wheels], run.limit("wheels"))
+    run.environment["PYTHONPATH"] += os.pathsep + str(target)
+
+
+def _tests(run: Run) -> None:
+    find = [sys.executable, "-c", "import pytest"]
+    if subprocess.run(find, env=run.environment, cwd=records.ROOT, capture_output=True, check=False).returncode:
+        run.outcome["tests"] = "not available: pytest is not installed (a wheel in .whl would do)"
+        return
+    # the plugins that pyproject.toml configures may not be there: no configuration
+    options = ["-c", os.devnull, "--rootdir", str(records.ROOT), "-p", "no:cacheprovider", "-q", "--durations=10"]
+    run.step("tests", [sys.executable, "-m", "pytest", *options, "tests/gpu"], run.limit("tests"))
+
+
+def compute_sanitizer() -> str | None:
+    """Where the tool is: on the path, or in the CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(home) / "bin" for home in homes if home] + [
+        Path(home) / "compute-sanitizer" for home in homes if home
+    ]
+    return shutil.which("compute-sanitizer") or next(
+        (found for folder in folders if (found := shutil.which("compute-sanitizer", path=str(folder)))), None
+    )
+
+
+def _sanitizers(run: Run) -> None:
+    tool = compute_sanitizer()
+    if tool is None:
+        run.outcome["sanitizers"] = "not available: there is no compute-sanitizer"
+        return
+    target = [sys.executable, SANITIZER_TARGET]
+    run.step("sanitizer target", target, run.limit("sanitizers"))  # compiles the kernels, outside of the tools
+    if not run.outcome["sanitizer target"].startswith("ok"):
+        return
+    # without PyTorch's allocator each tensor ends where its memory does
+    run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    for name in SANITIZERS:
+        run.step(name, [tool, "--tool", name, "--error-exitcode", "9", *target], run.limit("sanitizers"))
+    del run.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+
+
+def answers(group: str, device_type: str) -> int:
+    """How many of the targets a group's results answer."""
+    return sum(target.group == group and target.device == device_type for target in TARGETS)
+
+
+def staleness(group: str, device: torch.device, out: Path) -> str | None:
+    hashes = records.kernel_hashes(device.type, GROUPS[group].families)
+    return records.stale(out / f"{group}.json", hashes, records.implementation(device))
+
+
+def measure_command(group: str, device: torch.device, out: Path, seconds: float, quick: bool) -> list[str]:
+    options = ["--device", device.type, "--out", str(out), "--time-limit", f"{seconds:.0f}"]
+    return [sys.executable, "-m", "benchmarks", "run", group, *options, *["--quick"] * quick]
+
+
+def _groups(run: Run, groups: Sequence[str], device: torch.device, out: Path, *, force: bool, quick: bool) -> None:
+    """Those out of date first, then (when forced) the others; of each kind those that answer most targets first."""
+    reasons = {group: staleness(group, device, out) for group in groups}
+    ordered = sorted(groups, key=lambda group: (reasons[group] is None, -answers(group, device.type)))
+    wanted = [group for group in ordered if force or reasons[group] is not None]
+    run.outcome |= {group: "up to date" for group in ordered if group not in wanted}
+    for i, group in enumerate(wanted):
+        weights = [GROUPS[name].weight for name in wanted[i:]]
+        share = run.left() * weights[0] / sum(weights)
+        print(f"-- {group}: {reasons[group] or 'asked for'}", flush=True)
+        command = measure_command(group, device, out, share, quick)
+        run.step(group, command, min(run.left(), OVERRUN * share + GRACE_S))
+
+
+def run(
+    groups: Sequence[str],
+    time_limit: float,
+    out: Path | None,
+    *,
+    steps: Sequence[str] = STEPS,
+    force: bool = False,
+    dry_run: bool = False,
+) -> int:
     """Build, test, measure; returns the exit code: 1 when a step or a group failed.
 
     force: also measure groups whose results are of these very kernels. dry_run: on a CPU, with tiny shapes, no build and
     no tests, into a folder that is removed unless `out` is given: it proves the script, not the kernels.
     """
-    end = time.monotonic() + time_limit
     device = torch.device("cpu" if dry_run else "cuda")
     if not dry_run and not torch.cuda.is_available():
         print("no CUDA device: this needs one (try --dry-run)", file=sys.stderr)
         return 1
+    state = Run(time_limit)
     with tempfile.TemporaryDirectory() as scratch:
         if out is None:
-            out = Path(scratch) if dry_run else records.RESULTS / records.device_slug(device)
-        outcome: dict[str, str] = {}
-        if dry_run:
-            outcome["build"] = outcome["tests"] = "skipped: dry run"
-        else:
-            left = min(BUILD_SECONDS, end - time.monotonic())
-            outcome["build"] = _step("build", ["setup.py", "build_ext", "--inplace"], left)
-            outcome["tests"] = _test("tests", device, min(TEST_SECONDS, end - time.monotonic()))
-        for i, group in enumerate(groups):
-            weights = [GROUPS[name].weight for name in groups[i:]]
-            share = (end - time.monotonic()) * weights[0] / sum(weights)
-            outcome[group] = _measure(group, device, out, share, end - time.monotonic(), force=force, quick=dry_run)
-    print("\nsummary")
-    for name, result in outcome.items():
-        print(f"  {name:20} {result}")
-    return int(any(result.startswith("failed") for result in outcome.values()))
-
-
-def _measure(
-    group: str, device: torch.device, out: Path, share: float, left: float, *, force: bool, quick: bool
-) -> str:
-    """Measure one group in its own process, unless its results are of these very kernels."""
-    hashes = records.kernel_hashes(device.type, GROUPS[group].families)
-    reason = records.stale(out / f"{group}.json", hashes, records.implementation(device))
-    if reason is None and not force:
-        return "up to date"
-    print(f"-- {group}: {reason or 'asked for'}", flush=True)
-    limit = max(1.0, share)
-    command = [
-        "-m",
-        "benchmarks",
-        "run",
-        group,
-        "--device",
-        device.type,
-        "--out",
-        str(out),
-        "--time-limit",
-        f"{limit:.0f}",
-    ]
-    return _step(group, command + ["--quick"] * quick, left)  # the limit is soft: a slow compile may use a later share
+            out = Path(scratch) / "results" if dry_run else records.RESULTS / records.device_slug(device)
+        _wheels(state, Path(scratch) / "wheels")
+        if "build" in steps and not dry_run:
+            state.step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], state.limit("build"))
+        if "tests" in steps and not dry_run:
+            _tests(state)
+        if "sanitizers" in steps and not dry_run:
+            _sanitizers(state)
+        if "groups" in steps:
+            _groups(state, groups, device, out, force=force, quick=dry_run)
+    state.outcome |= {step: "skipped: dry run" for step in STEPS[:3] if dry_run and step in steps}
+    state.summary()
+    return int(state.failed())

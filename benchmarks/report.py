@@ -1,10 +1,11 @@
 """docs/performance.md, its figures and the README's table, generated from the result files and from nothing else."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, records
+from benchmarks.markdown import number, table
 from benchmarks.micro import GROUPS
 from benchmarks.micro.case import OURS
 from benchmarks.targets import TARGETS, WITHOUT_A_GROUP, Results, Target
@@ -70,16 +71,6 @@ def index(groups: Mapping[str, Mapping[str, Any]]) -> Results:
     return {name: {(r["case"], r["contender"]): r for r in doc["records"]} for name, doc in groups.items()}
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def _number(us: float) -> str:
-    """Microseconds with three digits that count."""
-    return f"{us:,.0f}" if us >= 100 else f"{us:.1f}" if us >= 10 else f"{us:.2f}"
-
-
 def _source(folder: str, document: Mapping[str, Any]) -> str:
     """The file, command, commit and date a table or figure comes from."""
     env = document["environment"]
@@ -130,7 +121,7 @@ def _targets_table(kind: str, results: Results) -> str:
             value = target.value(results)
             verdict = ["not measured", ""] if value is None else [target.shown(value), _verdict(target, value)]
             rows.append([target.group, target.case, target.contender, target.wanted, *verdict])
-    return _table(("group", "case", "contender", "target", "measured", ""), rows)
+    return table(("group", "case", "contender", "target", "measured", ""), rows)
 
 
 def _verdict(target: Target, value: float) -> str:
@@ -142,7 +133,7 @@ def _times_table(document: Mapping[str, Any]) -> str:
     for r in document["records"]:
         if r["status"] == "measured":
             us = r["us"]
-            time = f"{_number(us['p50'])} [{_number(us['p20'])}, {_number(us['p80'])}]"
+            time = f"{number(us['p50'])} [{number(us['p20'])}, {number(us['p80'])}]"
             floor = "" if r["over_floor"] is None else f"{r['over_floor']:.2f}"
             ratio = "" if r["ratio"] is None or r["contender"] == OURS else f"{r['ratio']['p50']:.2f}"
             rate = f"{r['bytes'] / us['p50'] / 1e3:.1f}"
@@ -150,23 +141,23 @@ def _times_table(document: Mapping[str, Any]) -> str:
         else:
             notes.append(f"- {r['case']}, {r['contender']}: {r['status']}, {r['reason']}")
     head = ("case", "contender", "us a call", "over floor", "over ours", "GB/s", "cache")
-    return _table(head, rows) + ("\nWithout a time:\n\n" + "\n".join(notes) + "\n" if notes else "")
+    return table(head, rows) + ("\nWithout a time:\n\n" + "\n".join(notes) + "\n" if notes else "")
 
 
 def _growth_table(document: Mapping[str, Any]) -> str:
     rows = []
     for fit in document["fits"]:
         (x0, y0), (x1, y1) = fit["first"], fit["last"]
-        show = _number if fit["quantity"] == "time" else (lambda y: f"{y:,.0f}")
+        show = number if fit["quantity"] == "time" else (lambda y: f"{y:,.0f}")
         unit = "us" if fit["quantity"] == "time" else "bytes"
         ends = f"{show(y0)} at {x0:,}, {show(y1)} at {x1:,}"
         rows.append([fit["sweep"], fit["contender"], f"{fit['quantity']}, {unit}", f"{fit['slope']:.2f}", ends])
-    return _table(("over", "contender", "of", "exponent", "ends of the sweep"), rows)
+    return table(("over", "contender", "of", "exponent", "ends of the sweep"), rows)
 
 
 def _without_a_group() -> str:
     rows = [[what, target, "not measured"] for what, target in WITHOUT_A_GROUP]
-    return "## Without a benchmark so far\n\n" + _table(("what", "target", ""), rows)
+    return "## Without a benchmark so far\n\n" + table(("what", "target", ""), rows)
 
 
 def readme_table(devices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -186,14 +177,14 @@ def readme_table(devices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
                 if OURS in found:
                     floor = found[OURS]["over_floor"]
                     cells = [_ratio_cell(found, names) for names in (("naive", "topk"), ("compiled",))]
-                    us = _number(found[OURS]["us"]["p50"])
+                    us = number(found[OURS]["us"]["p50"])
                     rows.append([name, case, us, *cells, "" if floor is None else f"{floor:.1f}x"])
         if rows:
             first = next(iter(groups.values()))
             head = ("", "case", "us", "faster than eager PyTorch", "faster than torch.compile", "over the floor")
             flag = " (quick run, not a measurement)" if first["quick"] else ""
             made = "Made by `make bench` (`make gpu` on a GPU). torch.compile is given the form that it fuses best.\n"
-            parts += [f"{_environment(first)}{flag}\n", made, _table(head, rows)]
+            parts += [f"{_environment(first)}{flag}\n", made, table(head, rows)]
     if not any(g["environment"]["device_type"] == "cuda" for groups in devices.values() for g in groups.values()):
         parts.append("GPU: not measured.\n")
     parts.append(f"How it is measured, and every target met or not: [docs/{PAGE}](docs/{PAGE}).")

@@ -5,6 +5,10 @@ No assertion is about a time: those depend on the machine. Shapes are tiny.
 
 import json
 import math
+import os
+import sys
+import time
+import zipfile
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,6 +30,15 @@ from benchmarks import figures, report
 
 CPU = torch.device("cpu")
 GAMMA = 0.3
+CHILD = "the child of a group that hangs"
+HANGS = f"subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', '{CHILD}'])"
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # a process that has ended meanwhile
+        return b""
 
 
 def noise_of(step: int, n: int, seed: int) -> torch.Tensor:
@@ -483,29 +496,132 @@ class TestGpuCommand:
         assert records.read(tmp_path / "select_topk.json")["quick"]
         said = capfd.readouterr().out
         assert "select_topk: no results" in said
-        # as if measured in full: current, and not measured again
+        for step in ("build", "tests", "sanitizers"):
+            assert f"{step:20} skipped: dry run" in said
+        # as if measured in full: current, and not measured again unless forced
         document = records.read(tmp_path / "select_topk.json")
         records.write(tmp_path / "select_topk.json", document | {"quick": False})
         assert main(arguments) == 0
         assert "up to date" in capfd.readouterr().out
+        assert main([*arguments, "--force"]) == 0
+        assert "select_topk: asked for" in capfd.readouterr().out
+        assert main([*arguments, "--force", "--steps", "build,tests"]) == 0
+        assert "select_topk" not in capfd.readouterr().out
 
-    def test_a_group_that_fails_leaves_the_next_its_turn(self, monkeypatch, tmp_path, capsys):
-        def step(name, command, seconds):
-            return "failed: exit code 1" if name == "fused_select" else "ok"
+    @pytest.fixture
+    def measured(self, monkeypatch) -> list[str]:
+        """Groups run these programs instead of measuring; the list says which ran, in order."""
+        programs = {"fused_select": "sys.exit(3)", "growth": HANGS}
+        began = []
 
-        monkeypatch.setattr(gpu, "_step", step)
-        code = gpu.run(["fused_select", "select_topk"], 100, tmp_path, force=True, dry_run=True)
+        def command(group, device, out, seconds, quick):
+            began.append(group)
+            return [sys.executable, "-c", f"import sys, time, subprocess; {programs.get(group, 'pass')}"]
+
+        monkeypatch.setattr(gpu, "measure_command", command)
+        return began
+
+    def test_a_group_that_fails_leaves_the_next_its_turn(self, measured, tmp_path, capsys):
+        assert gpu.run(["fused_select", "select_topk"], 100, tmp_path, dry_run=True) == 1
         summary = capsys.readouterr().out.split("summary")[1]
-        assert code == 1
-        assert "failed: exit code 1" in summary
+        assert "fused_select         failed: exit code 3" in summary
         assert "select_topk          ok" in summary
+        assert gpu.run(["select_topk"], 100, tmp_path, dry_run=True) == 0
+
+    def test_a_group_that_hangs_is_ended_with_its_children(self, measured, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(gpu, "GRACE_S", 0.5)
+        monkeypatch.setattr(gpu, "OVERRUN", 0.3)  # of 15 seconds
+        monkeypatch.setattr(gpu, "answers", lambda group, device: group == "growth")
+        began = time.monotonic()
+        assert gpu.run(["select_topk", "growth"], 30, tmp_path, dry_run=True) == 1
+        assert time.monotonic() - began < 30
+        summary = capsys.readouterr().out.split("summary")[1]
+        assert measured == ["growth", "select_topk"]
+        assert "growth               failed: not done within" in summary
+        assert "select_topk          ok" in summary
+        alive = [path for path in Path("/proc").glob("[0-9]*/cmdline") if CHILD.encode() in read_bytes(path)]
+        assert alive == []
+
+    def test_no_step_begins_without_time(self, measured, tmp_path, capsys):
+        assert gpu.run(["select_topk"], 0.5, tmp_path, dry_run=True) == 0
+        assert "select_topk          skipped: no time left" in capsys.readouterr().out
+
+    def test_stale_groups_come_first_then_those_that_answer_most(self, measured, monkeypatch, tmp_path):
+        stale = {
+            "select_topk": "no results",
+            "per_sample_stats": "kernels changed",
+            "growth": None,
+            "fused_select": None,
+        }
+        monkeypatch.setattr(gpu, "staleness", lambda group, device, out: stale[group])
+        targets = {"growth": 1, "select_topk": 2, "fused_select": 3, "per_sample_stats": 4}
+        monkeypatch.setattr(gpu, "answers", lambda group, device: targets[group])
+        gpu.run(list(stale), 100, tmp_path, dry_run=True)
+        assert measured == ["per_sample_stats", "select_topk"]
+        measured.clear()
+        monkeypatch.setattr(gpu, "GRACE_S", 0.0)
+        gpu.run(list(stale), 20, tmp_path, force=True, dry_run=True)
+        assert measured == ["per_sample_stats", "select_topk", "fused_select", "growth"]
+
+    def test_answers_are_counted_from_the_targets(self):
+        assert gpu.answers("select_topk", "cuda") == 12
+        assert gpu.answers("growth", "cuda") == 0
+
+    @staticmethod
+    def fake_tool(folder: Path, monkeypatch, body: str) -> None:
+        tool = folder / "compute-sanitizer"
+        tool.write_text(f"#!/bin/sh\n{body}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def sanitized(self, monkeypatch, time_limit: float = 60.0) -> dict[str, str]:
+        run = gpu.Run(time_limit)
+        monkeypatch.setattr(gpu, "SANITIZER_TARGET", "benchmarks/__init__.py")  # a script that ends well on a CPU
+        gpu._sanitizers(run)
+        assert "PYTORCH_NO_CUDA_MEMORY_CACHING" not in run.environment
+        return run.outcome
+
+    def test_sanitizers_report_what_they_find(self, monkeypatch, tmp_path):
+        cached = "PYTORCH_NO_CUDA_MEMORY_CACHING"
+        self.fake_tool(tmp_path, monkeypatch, f'[ "$2" = memcheck ] && [ -n "${cached}" ] && exit 0; exit 9')
+        outcome = self.sanitized(monkeypatch)
+        assert outcome["memcheck"].startswith("ok")
+        assert outcome["racecheck"].startswith("failed: exit code 9")
+
+    def test_sanitizers_that_hang_or_are_absent_are_reported(self, monkeypatch, tmp_path):
+        self.fake_tool(tmp_path, monkeypatch, "sleep 60")
+        monkeypatch.setitem(gpu.LIMITS, "sanitizers", 5)
+        monkeypatch.setattr(gpu, "SANITIZERS", ("memcheck",))
+        assert self.sanitized(monkeypatch)["memcheck"] == "failed: not done within 5 s"
+        monkeypatch.setattr(gpu, "compute_sanitizer", lambda: None)
+        assert self.sanitized(monkeypatch) == {"sanitizers": "not available: there is no compute-sanitizer"}
+
+    def test_wheels_are_importable_for_the_steps_and_gone_afterwards(self, monkeypatch, tmp_path):
+        wheel = tmp_path / "a_peer-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("a_peer.py", "NAME = 'a peer'\n")
+            archive.writestr("a_peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: a_peer\nVersion: 1.0\n")
+            archive.writestr(
+                "a_peer-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            archive.writestr("a_peer-1.0.dist-info/RECORD", "")
+        monkeypatch.setattr(gpu, "WHEELS", tmp_path)
+        run = gpu.Run(100)
+        gpu._wheels(run, tmp_path / "installed")
+        assert run.outcome["wheels"].startswith("ok")
+        run.step("import", [sys.executable, "-c", "import a_peer, torch"], 60)
+        assert run.outcome["import"].startswith("ok")
+        monkeypatch.setattr(gpu, "WHEELS", tmp_path / "none")
+        gpu._wheels(run, tmp_path / "installed")
+        assert run.outcome["wheels"] == "skipped: none in .whl"
 
     def test_it_refuses_a_machine_without_a_gpu(self, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert main(["gpu"]) == 1
         assert "--dry-run" in capsys.readouterr().err
 
-    def test_unknown_groups_are_named(self, capsys):
+    @pytest.mark.parametrize("option", ["--groups", "--steps"])
+    def test_unknown_names_are_refused(self, option, capsys):
         with pytest.raises(SystemExit):
-            main(["gpu", "--groups", "select_topk,nonsense"])
+            main(["gpu", option, "nonsense"])
         assert "nonsense" in capsys.readouterr().err
