@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
-from tests.grad_norms import oracle, runs
+from tests.grad_norms import matrix, oracle, runs
 from tests.grad_norms.cases import CASES
 from tests.grad_norms.problem import EITHER, EXACT, REFUSED, Case, draw
 
+PINNED = matrix.outcomes()
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -41,6 +42,54 @@ def test_exact_or_refused(case: Case, dtype: str, seed: int):
             assert re.search(case.message, outcome.message), f"{mode}: the message does not say it: {outcome.message}"
         statuses[mode] = outcome.status
     assert len(set(statuses.values())) == 1, f"the modes disagree: {statuses}"
+    pinned = PINNED.get((case.section, case.name.replace("|", "/")))
+    assert statuses["plain"] == pinned, f"the matrix says {pinned}: run python -m tests.grad_norms.matrix"
+
+
+def test_the_matrix_has_no_other_cases():
+    assert set(PINNED) == {(case.section, case.name.replace("|", "/")) for case in CASES}
+
+
+@pytest.fixture
+def measured(seed):
+    """A case that every fault below can be planted in, and its norms."""
+    case = next(case for case in CASES if case.id == "Tied: embedding and head, padding_idx")
+    norms = runs.measure(draw(case, seed))
+    return case, seed, norms.total(), norms.by_layer()
+
+
+FAULTS = {
+    "a sample off by 1e-5": lambda total, layers: (total * torch.tensor([1, 1, 1 + 1e-5, 1, 1]), layers),
+    "two samples swapped": lambda total, layers: (total[[1, 0, 2, 3, 4]], layers),
+    "a sample missing": lambda total, layers: (total[:4], layers),
+    "NaN": lambda total, layers: (total.index_fill(0, torch.tensor([4]), torch.nan), layers),
+    "divided by N": lambda total, layers: (total / 5, layers),
+    "squared": lambda total, layers: (total.square(), layers),
+    "a layer off by 1e-5": lambda total, layers: (total, layers | {"mix": layers["mix"] * (1 + 1e-5)}),
+    "a layer missing": lambda total, layers: (total, {k: v for k, v in layers.items() if k != "mix"}),
+    "a layer of another name": lambda total, layers: (total, layers | {"other": layers["mix"]}),
+    "the tied weight under the head's name": lambda total, layers: (total, layers | {"head": layers["embedding"]}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(measured, fault: str):
+    case, seed, total, layers = measured
+    oracle.check(total, layers, case, seed, torch.float32)
+    with pytest.raises(AssertionError):
+        oracle.check(*FAULTS[fault](total, layers), case, seed, torch.float32)
+
+
+def test_a_changed_gradient_is_caught(seed):
+    case = next(case for case in CASES if case.id == "Linear: 3-D, few positions")
+    for mode, value in (("plain", 1e-7), ("fused", 1e-3), ("none", 0.0)):
+        problem = draw(case, seed)
+        runs.measure(problem, mode)
+        runs.check_gradients(case, problem, seed, torch.float32, mode)
+        weight = problem.model[0].weight
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad * (1 + value)
+        with pytest.raises(AssertionError, match=r"\.grad"):
+            runs.check_gradients(case, problem, seed, torch.float32, mode)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.expect == EXACT and not c.half], ids=lambda case: case.id)

@@ -3,4 +3,7 @@
 from tests.grad_norms.cases import attention, layers, mixing, parameters, sequences, training
 from tests.grad_norms.problem import CASES
 
-__all__ = ["CASES", "attention", "layers", "mixing", "parameters", "sequences", "training"]
+ORDER = [module.__name__ for module in (layers, sequences, attention, parameters, training, mixing)]
+CASES.sort(key=lambda case: ORDER.index(case.build.__module__ if case.build.__module__ in ORDER else ORDER[0]))
+
+__all__ = ["CASES"]

@@ -197,3 +197,124 @@ def weighted():
         return (1.3 * model(inputs[0]) + 0.4).sin().sum(1) * inputs[1]
 
     return Problem(nn.Linear(6, 4), (torch.randn(6, 6), torch.rand(6)), losses=losses)
+
+
+class Stepwise(nn.Module):
+    """LSTMCell, a step at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(6, 4)
+
+    def forward(self, x):
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return state[0]
+
+
+class WithState(nn.Module):
+    """A GRU whose first state [1, N, d] comes from the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.layer = nn.Linear(6, 4), nn.GRU(6, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x, self.start(x[:, 0])[None])[0]
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(6, 4, batch_first=True)
+
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 4, 3, 2, 1]), batch_first=True)
+        return self.layer(packed)[1][0]
+
+
+class Weighted(nn.Module):
+    """A parameter p in an operation without a rule."""
+
+    def __init__(self, shape, use):
+        super().__init__()
+        self.layer, self.p, self.use = nn.Linear(6, 6), nn.Parameter(torch.randn(shape)), use
+
+    def forward(self, x):
+        return self.use(self.layer(x), self.p)
+
+
+FALLBACK = {
+    "LSTMCell, called in turn": Stepwise,
+    "GRU with a first state": WithState,
+    "GRU on a packed sequence": Packed,
+    "einsum btd,pd->btp": lambda: Weighted((3, 6), lambda x, p: torch.einsum("btd,pd->btp", x, p)),
+    "einsum, heads": lambda: Weighted((2, 6, 3), lambda x, p: torch.einsum("btd,hdk->bhtk", x, p)),
+    "p @ x": lambda: Weighted((3, 4), lambda x, p: p @ x),
+    "tensordot": lambda: Weighted((6, 3), lambda x, p: torch.tensordot(x, p, dims=1)),
+    "tensordot over the positions": lambda: Weighted((4, 3), lambda x, p: torch.tensordot(x, p, dims=([1], [0]))),
+    "clamp": lambda: Weighted((6,), lambda x, p: x.clamp(min=p)),
+    "clamp by positions": lambda: Weighted((4, 6), lambda x, p: x.clamp(min=p)),
+    "bmm of an expanded weight": lambda: Weighted((6, 3), lambda x, p: torch.bmm(x, p.expand(len(x), 6, 3))),
+    "softmax over all of a product": lambda: Weighted(
+        (3, 6), lambda x, p: torch.einsum("btd,pd->btp", x, p).softmax(1)
+    ),
+    "indexing": lambda: Weighted((5, 6), lambda x, p: x + p[torch.tensor([0, 1, 1, 3])]),
+}
+for name, make in FALLBACK.items():
+    for n in (5, 4):
+        if name.endswith("sequence") and n == 4:
+            continue
+
+        @case("Fallback per_sample", f"{name}, N = {n}, T = 4", EITHER)
+        def fallback(make=make, n=n):
+            return Problem(make(), (torch.randn(n, 4, 6),), options={"fallback": "per_sample"})
+
+
+@case("Fallback per_sample", "Bilinear", EITHER)
+def fallback_bilinear():
+    return Problem(nn.Bilinear(4, 3, 5), (torch.randn(5, 4), torch.randn(5, 3)), options={"fallback": "per_sample"})
+
+
+@case("Fallback per_sample", "EmbeddingBag", EITHER)
+def fallback_bag():
+    model = nn.EmbeddingBag(7, 6, mode="mean")
+    return Problem(model, (torch.randint(7, (5, 4)),), options={"fallback": "per_sample"})
+
+
+@case("Fallback per_sample", "LSTM with dropout between its layers: the masks cannot be drawn again", REFUSED)
+def fallback_dropout():
+    seed = int(torch.randint(1 << 30, ()))
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LSTM(6, 4, num_layers=2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    def losses(model, inputs, shared):
+        torch.manual_seed(seed)
+        return wave_of_rows(model, inputs, shared)
+
+    return Problem(Inner(), (torch.randn(5, 4, 6),), losses=losses, options={"fallback": "per_sample"})
+
+
+@case("Fallback per_sample", "a batch mean in the operation's way", REFUSED)
+def fallback_mixed():
+    model = Weighted((3, 6), lambda x, p: torch.einsum("btd,pd->btp", x - x.mean(0), p))
+    return Problem(model, (torch.randn(5, 4, 6),), options={"fallback": "per_sample"})
+
+
+@case("Fallback per_sample", "an operation that mixes the batch", REFUSED)
+def fallback_mixing_operation():
+    model = Weighted((6, 6), lambda x, p: torch.einsum("btd,de,cte->btc", x, p, x))
+    return Problem(model, (torch.randn(5, 4, 6),), options={"fallback": "per_sample"})
+
+
+@case("Fallback per_sample", "BatchNorm in training mode", REFUSED, "BatchNorm")
+def fallback_batch_norm():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    return Problem(model, (torch.randn(5, 6),), options={"fallback": "per_sample"})
