@@ -13,8 +13,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process with TRITON_INTERPRET=1", allow_module_level=True)
 
 from adaselect_kernels import kernels, reference
-from adaselect_kernels.kernels import grad_norms
+from adaselect_kernels.kernels import grad_norms, runtime
 from tests.oracle import assert_within_budget
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter: inf - inf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FORMS = ["direct", "gram", "auto"]
@@ -24,20 +26,13 @@ FORMS = ["direct", "gram", "auto"]
 def launches(monkeypatch):
     """Names of the kernels launched, in order, with their constants."""
     log = []
+    dispatched = runtime.Launch._dispatch
 
-    class Recorder:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
+    def record(launch, tensors, options):
+        log.append((launch.kernel.fn.__name__.removesuffix("_kernel"), launch.grid, launch.constants))
+        return dispatched(launch, tensors, options)
 
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                log.append((self.name, grid, kwargs))
-                return self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    for name in [name for name in vars(grad_norms) if name.endswith("_kernel")]:
-        monkeypatch.setattr(grad_norms, name, Recorder(name.removesuffix("_kernel"), getattr(grad_norms, name)))
+    monkeypatch.setattr(runtime.Launch, "_dispatch", record)
     return log
 
 
@@ -98,6 +93,7 @@ LINEAR = [
     (3, 5, 17, 33),  # blocks barely filled
     (2, 37, 150, 200),  # several tiles of G^T A
     (2, 150, 40, 24),  # several pairs of Gram blocks, several blocks of T
+    (1, 200, 20, 24),  # the largest Gram block of 16 bits, twice
     (70, 3, 9, 5),  # more samples than anything else
     (2, 33, 130, 16),  # a second row of tiles with two rows in it
 ]
@@ -195,13 +191,12 @@ def check_fused(a, g, bias):
 
 FUSED = [
     (3, 128, 70, 40, 2),  # two samples a split
-    (2, 160, 150, 200, 1),  # more tiles than multiprocessors
+    (2, 70, 150, 200, 1),  # more tiles than multiprocessors
     (7, 64, 16, 16, 4),  # one tile: the samples are split, unevenly
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "bias"), [(dtype, dtype != torch.float16) for dtype in DTYPES])
 @pytest.mark.parametrize(("n", "t", "p", "d", "splits"), FUSED)
 def test_fused(generator, launches, monkeypatch, dtype, bias, n, t, p, d, splits):
     monkeypatch.setattr(grad_norms, "fused_pays", lambda *shape: True)
@@ -303,7 +298,7 @@ def test_more_channels_than_a_block(generator, launches):
     x, g = conv_tensors(generator, (70, 4, 5), 70, *geometry[:4], torch.float32)
     check("conv_grad_sq_norms", (x, g), *geometry, True, True, "auto")
     assert names(launches) == ["depthwise", "affine", "combine"]
-    assert launches[0][1] == (2 * 2,)
+    assert launches[0][1] == (2 * 2, 1, 1)
 
 
 def conv_gram(x, g, kernel, stride, padding, dilation, groups):
@@ -393,17 +388,16 @@ def test_convolution_weight_and_bias_apart(generator, weight, bias, groups):
     [
         (3, 1, 5, 4),  # one position
         (2, 50, 17, 5),  # many repeats
-        (2, 200, 33, 3),  # segments longer than a chunk
-        (2, 130, 600, 1000),  # few repeats, more channels than a block
+        (2, 140, 9, 3),  # segments longer than a chunk
+        (1, 70, 520, 1000),  # few repeats, more channels than a block
         (2, 64, 8, 1),  # one segment
     ],
 )
 def test_embedding(generator, dtype, n, t, d, vocabulary):
     ids = torch.randint(vocabulary, (n, t), generator=generator)
     g = normal(generator, n, t, d, dtype=dtype)
-    for padding_idx in (-1, 0, vocabulary - 1):
-        check("embedding_grad_sq_norms", (ids, g), padding_idx)
-    check("embedding_grad_sq_norms", (ids.int(), g), 0)
+    check("embedding_grad_sq_norms", (ids, g), -1)
+    check("embedding_grad_sq_norms", (ids.int(), g), vocabulary - 1)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "broadcast"])
@@ -470,9 +464,9 @@ def test_empty_affine(generator, shape):
 
 
 def test_repeats_are_bit_identical(generator, monkeypatch):
-    a, g = normal(generator, 3, 100, 70), normal(generator, 3, 100, 150)
-    x, h = normal(generator, 3, 4, 9, 9), normal(generator, 3, 6, 9, 9)
-    ids = torch.randint(7, (3, 100), generator=generator)
+    a, g = normal(generator, 2, 70, 40), normal(generator, 2, 70, 70)
+    x, h = normal(generator, 2, 4, 7, 7), normal(generator, 2, 6, 7, 7)
+    ids = torch.randint(7, (2, 70), generator=generator)
 
     def everything():
         results = [kernels.linear_grad_sq_norms(a, g, True, True, form) for form in FORMS]

@@ -14,14 +14,21 @@ torch.backends.cuda.matmul to "tf32", which then governs convolutions too.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaselect_kernels.kernels.runtime import Compilation, launch_device, multiprocessors, next_power_of_2
+from adaselect_kernels.kernels.runtime import (
+    Compilation,
+    Launch,
+    cached,
+    ceil_div,
+    launch_device,
+    multiprocessors,
+)
 
 # NumPy has no bfloat16: interpreted products are taken in float32, in which those of 16-bit numbers are exact.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -398,15 +405,15 @@ class GramConfig(NamedTuple):
     STAGES: int
 
 
-# How much of its matrix unit's rate each form reaches, relative to a plain matrix product. Not measured: arguments from
-# what a tile loads. Only their ratios matter, and only near a crossover.
+# The rate of each form over that of a plain matrix product, with whole blocks of 128. Not measured: an argument from what
+# must come from the L2 cache, which bounds them all. Only ratios matter, and only near a crossover.
 RATES = {
-    "direct": 0.7,  # 128 x 128 tiles load 4/3 of what the 128 x 256 of a vendor's product do; nothing is stored
-    "fused": 0.65,  # and between two samples a tile is squared and added
-    "gram": 0.5,  # 64 x 64 tiles load twice as much again; every program starts its pipeline twice
+    "direct": 0.62,  # 128 x 128 tiles load 1/64 byte an operation; 128 x 256 of a vendor's product 1/85, which it shares
+    "fused": 0.58,  # and between two samples the tile is squared, summed and added
+    "gram": 0.6,  # the same tiles, but every program starts its pipeline twice
 }
-# Beside 1 for a block that is filled: what smaller blocks lose, as each element loaded is used that much less.
-_BLOCK_COST = {128: 1.0, 64: 1.2, 32: 1.8, 16: 3.0}
+# What a side of fewer than 128 costs beside that: each element loaded is used that much less.
+_BLOCK_COST = {128: 1.0, 64: 1.4, 32: 2.0, 16: 3.0}
 WIDE_SPAN = 2**31
 ROOMY_SHARED = 160 * 1024  # sm_80, sm_90 and sm_100 have this much a program; others, and AMD, 64 to 99 KB
 
@@ -432,12 +439,22 @@ def tile_config(p: int, d: int, element_bytes: int, patches: bool, roomy: bool) 
     return TileConfig(block_p, block_d, *((64, 4) if roomy else (32, 3))), num_warps
 
 
+def _pairs(positions: int, block: int) -> int:
+    """Blocks of the upper triangle, diagonal included."""
+    blocks = ceil_div(positions, block)
+    return blocks * (blocks + 1) // 2
+
+
 @lru_cache(maxsize=1024)
 def gram_config(positions: int, element_bytes: int, patches: bool) -> tuple[GramConfig, int]:
-    block_t = min(max(16, next_power_of_2(positions)), 32 if element_bytes == 8 else 64)
-    block_c = {8: 16, 4: 32, 2: 64}[element_bytes]
+    largest = 32 if element_bytes == 8 else 64 if patches or element_bytes == 4 else 128
+    blocks = [b for b in _BLOCK_COST if b <= largest]
+    block_t = min(blocks, key=lambda b: _pairs(positions, b) * (b * _BLOCK_COST[b]) ** 2)
+    block_c = {8: 16, 4: 32, 2: 64}[element_bytes] // (2 if patches and element_bytes < 8 else 1)
     if patches or element_bytes == 4:  # as in tile_config
-        return GramConfig(block_t, min(block_c, 32), 2), 8 if block_t == 64 else 4
+        return GramConfig(block_t, block_c, 2), 8 if block_t == 64 else 4
+    if block_t == 128:
+        return GramConfig(block_t, 32, 3), 8
     return GramConfig(block_t, block_c, 3), 4 if block_t > 16 else 2
 
 
@@ -458,10 +475,10 @@ def form_costs(positions: int, p: int, d: int, element_bytes: int, patches: bool
     gram, _ = gram_config(positions, element_bytes, patches)
     # 2 T d p, rounded up to whole tiles
     direct = 2 * _padded(positions, tile.BLOCK_T) * _padded(p, tile.BLOCK_P) * _padded(d, tile.BLOCK_D)
-    # T (T + block) (d + p): the upper triangle, diagonal included
-    blocks = triton.cdiv(positions, gram.BLOCK_T)
-    pairs = blocks * (blocks + 1) // 2
-    symmetric = 2 * pairs * gram.BLOCK_T**2 * (_padded(d, gram.BLOCK_C) + _padded(p, gram.BLOCK_C))
+    direct *= _BLOCK_COST[tile.BLOCK_P] * _BLOCK_COST[tile.BLOCK_D]
+    # T (T + block) (d + p)
+    columns = _padded(d, gram.BLOCK_C) + _padded(p, gram.BLOCK_C)
+    symmetric = 2 * _pairs(positions, gram.BLOCK_T) * (gram.BLOCK_T * _BLOCK_COST[gram.BLOCK_T]) ** 2 * columns
     return {
         "plain": 2 * positions * p * d,
         "direct": direct / RATES["direct"],
@@ -500,6 +517,14 @@ class Layer(NamedTuple):
         """What every kernel of this file takes, from `positions` on."""
         an, at, ad, gn, gt, gp = self.strides
         return self.positions, self.p, self.d, an, gn, gt, gp, at, ad, *self.geometry
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        return {"DIMS": self.dims, "WIDE": self.wide, "A_T_LAST": self.a_t_last, "G_T_LAST": self.g_t_last}
+
+    @property
+    def depthwise(self) -> bool:
+        return self.dims > 0 and self.p == 1
 
 
 _NO_GEOMETRY = (1,) * 22  # Triton makes constants of ones
@@ -552,75 +577,87 @@ def _partials(like: Tensor, count: int) -> Tensor:
     return torch.empty((like.shape[0], count), dtype=compute_dtype(like), device=like.device)
 
 
+@cached
+def _planned(kernel, grid: tuple[int, ...], integers: tuple[int, ...], constants: tuple, num_warps: int) -> Launch:
+    return Launch(kernel, grid, integers, dict(constants), num_warps)
+
+
+def _launch(
+    kernel, grid: tuple[int, ...], tensors: tuple[Tensor, ...], integers, constants: dict, num_warps: int
+) -> None:
+    with launch_device(tensors[0]):
+        _planned(kernel, grid, tuple(integers), tuple(constants.items()), num_warps)(*tensors)
+
+
+# constants and warps of the kernels that only stream
+COMBINE = {"BLOCK": 1024}, 4
+OUTER = {"BLOCK": 1024}, 4
+ADD_ROWS = {"BLOCK": 1024}, 4
+EMBEDDING = {"CHUNK": 64, "BLOCK_D": 512, "STAGES": 4}, 2
+CHANNELS = {"BLOCK_T": 32, "BLOCK_C": 64}, 4  # normalisation layers, biases, depthwise convolutions
+
+
 def combine(partials: Tensor) -> Tensor:
     """Sums of the rows of [N, count]."""
     n, count = partials.shape
     if count == 1:
         return partials.view(n)
     out = partials.new_empty(n)
-    with launch_device(partials):
-        combine_kernel[(n,)](partials, out, count, **COMBINE_CONFIG)
+    _launch(combine_kernel, (n,), (partials, out), (count,), *COMBINE)
     return out
 
 
-COMBINE_CONFIG = {"BLOCK": 1024, "num_warps": 4}
-OUTER_CONFIG = {"BLOCK": 1024, "num_warps": 4}
-ADD_ROWS_CONFIG = {"BLOCK": 1024, "num_warps": 4}
-EMBEDDING_CONFIG = {"CHUNK": 64, "BLOCK_D": 512, "STAGES": 4, "num_warps": 2}
-CHANNELS_CONFIG = {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4}  # normalisation layers, biases, depthwise convolutions
+def _tiling(layer: Layer) -> tuple[TileConfig, int, int]:
+    """The tile, its warps, and how many tiles a group has."""
+    patches = layer.dims > 0
+    config, num_warps = tile_config(layer.p, layer.d, layer.grads.element_size(), patches, roomy(layer.grads.device))
+    return config, num_warps, ceil_div(layer.p, config.BLOCK_P) * ceil_div(layer.d, config.BLOCK_D)
 
 
 def _direct(layer: Layer, partials: Tensor, weight: Tensor | None, splits: int) -> None:
     """Fills partials[:, :groups * tiles]; weight [splits, p, d] too, if given."""
-    config, num_warps = tile_config(
-        layer.p, layer.d, layer.grads.element_size(), layer.dims > 0, roomy(layer.grads.device)
+    config, num_warps, tiles = _tiling(layer)
+    write = weight is not None
+    constants = (
+        layer.layout | {"WRITE": write, "PRECISION": _precision(layer.grads)} | config._asdict() | {"FLATTEN": write}
     )
-    tiles = triton.cdiv(layer.p, config.BLOCK_P) * triton.cdiv(layer.d, config.BLOCK_D)
-    share = triton.cdiv(layer.samples, splits)
-    with launch_device(partials):
-        direct_kernel[(tiles * splits, layer.groups)](
-            layer.activations, layer.grads, partials, partials if weight is None else weight,
-            layer.samples, share, tiles, partials.stride(0), *layer.arguments,
-            DIMS=layer.dims, WIDE=layer.wide, A_T_LAST=layer.a_t_last, G_T_LAST=layer.g_t_last, WRITE=weight is not None,
-            PRECISION=_precision(layer.grads), **config._asdict(), FLATTEN=weight is not None, num_warps=num_warps,
-        )  # fmt: skip
-
-
-def _tiles(layer: Layer) -> int:
-    config, _ = tile_config(layer.p, layer.d, layer.grads.element_size(), layer.dims > 0, roomy(layer.grads.device))
-    return triton.cdiv(layer.p, config.BLOCK_P) * triton.cdiv(layer.d, config.BLOCK_D)
-
-
-def _is_depthwise(layer: Layer) -> bool:
-    return layer.dims > 0 and layer.p == 1
-
-
-def _depthwise(layer: Layer, partials: Tensor, blocks: int) -> None:
-    arguments = list(layer.arguments)
-    arguments[9] *= layer.groups  # the kernel sees all channels at once
-    with launch_device(partials):
-        depthwise_kernel[(layer.samples * blocks,)](
-            layer.activations, layer.grads, partials, blocks, partials.stride(0), *arguments,
-            DIMS=layer.dims, WIDE=layer.wide, T_LAST=layer.g_t_last, **CHANNELS_CONFIG,
-        )  # fmt: skip
+    _launch(
+        direct_kernel, (tiles * splits, layer.groups),
+        (layer.activations, layer.grads, partials, partials if weight is None else weight),
+        (layer.samples, ceil_div(layer.samples, splits), tiles, partials.stride(0), *layer.arguments), constants, num_warps,
+    )  # fmt: skip
 
 
 def _gram(layer: Layer, bias: bool) -> Tensor:
     config, num_warps = gram_config(layer.positions, layer.grads.element_size(), layer.dims > 0)
-    blocks = triton.cdiv(layer.positions, config.BLOCK_T)
-    pairs = blocks * (blocks + 1) // 2
+    pairs = _pairs(layer.positions, config.BLOCK_T)
     partials = _partials(layer.grads, layer.groups * pairs)
-    with launch_device(partials):
-        gram_kernel[(layer.samples * pairs, layer.groups)](
-            layer.activations, layer.grads, partials, pairs, partials.stride(0), *layer.arguments,
-            DIMS=layer.dims, WIDE=layer.wide, A_T_LAST=layer.a_t_last, G_T_LAST=layer.g_t_last, BIAS=bias,
-            PRECISION=_precision(layer.grads), **config._asdict(), num_warps=num_warps,
-        )  # fmt: skip
+    constants = layer.layout | {"BIAS": bias, "PRECISION": _precision(layer.grads)} | config._asdict()
+    _launch(
+        gram_kernel, (layer.samples * pairs, layer.groups), (layer.activations, layer.grads, partials),
+        (pairs, partials.stride(0), *layer.arguments), constants, num_warps,
+    )  # fmt: skip
     return combine(partials)
 
 
+def _depthwise(layer: Layer, partials: Tensor, blocks: int) -> None:
+    """Fills partials[:, :blocks]."""
+    arguments = list(layer.arguments)
+    arguments[9] *= layer.groups  # channels: the kernel sees those of all groups at once
+    constants = {"DIMS": layer.dims, "WIDE": layer.wide, "T_LAST": layer.g_t_last} | CHANNELS[0]
+    tensors = (layer.activations, layer.grads, partials)
+    _launch(
+        depthwise_kernel,
+        (layer.samples * blocks,),
+        tensors,
+        (blocks, partials.stride(0), *arguments),
+        constants,
+        CHANNELS[1],
+    )
+
+
 def _channel_blocks(channels: int) -> int:
-    return triton.cdiv(channels, CHANNELS_CONFIG["BLOCK_C"])
+    return ceil_div(channels, CHANNELS[0]["BLOCK_C"])
 
 
 def _channels(
@@ -631,14 +668,34 @@ def _channels(
     n, positions, channels = grads.shape
     blocks = _channel_blocks(channels)
     strides = [(grads if x is None else x).stride() for x in (values, grads, mean, rstd)]
-    with launch_device(grads):
-        affine_kernel[(n * blocks,)](
-            grads if values is None else values, grads, partials if mean is None else mean,
-            partials if rstd is None else rstd, partials, partials if sums is None else sums,
-            blocks, slot, partials.stride(0), positions, channels, *(s for three in strides for s in three),
-            HAS_MEAN=mean is not None, HAS_RSTD=rstd is not None, WEIGHT=values is not None, BIAS=bias,
-            SUMS=sums is not None, T_LAST=grads.stride(1) == 1 != grads.stride(2), **CHANNELS_CONFIG,
-        )  # fmt: skip
+    unused = partials
+    tensors = tuple(unused if x is None else x for x in (values, grads, mean, rstd, partials, sums))
+    flags = {
+        "HAS_MEAN": mean is not None, "HAS_RSTD": rstd is not None, "WEIGHT": values is not None, "BIAS": bias,
+        "SUMS": sums is not None, "T_LAST": grads.stride(1) == 1 != grads.stride(2),
+    }  # fmt: skip
+    integers = blocks, slot, partials.stride(0), positions, channels, *(s for three in strides for s in three)
+    _launch(affine_kernel, (n * blocks,), tensors, integers, flags | CHANNELS[0], CHANNELS[1])
+
+
+def _outer(layer: Layer, bias: bool) -> Tensor:
+    out = layer.grads.new_empty(layer.samples, dtype=compute_dtype(layer.grads))
+    an, _, ad, gn, _, gp = layer.strides
+    integers = layer.p, layer.d, an, ad, gn, gp
+    _launch(
+        outer_kernel,
+        (layer.samples,),
+        (layer.activations, layer.grads, out),
+        integers,
+        {"BIAS": bias} | OUTER[0],
+        OUTER[1],
+    )
+    return out
+
+
+def _add_rows(rows: Tensor, out: Tensor) -> None:
+    count = rows.shape[1]
+    _launch(add_rows_kernel, (ceil_div(count, ADD_ROWS[0]["BLOCK"]),), (rows, out), (rows.shape[0], count), *ADD_ROWS)
 
 
 def _layer_sq_norms(layer: Layer, weight: bool, bias: bool, form: str) -> Tensor:
@@ -649,27 +706,19 @@ def _layer_sq_norms(layer: Layer, weight: bool, bias: bool, form: str) -> Tensor
     if not (weight or bias) or layer.grads.numel() == 0:
         return layer.grads.new_zeros(n, dtype=compute_dtype(layer.grads))
     if weight and layer.dims == 0 and layer.positions == 1 and form == "auto":
-        out = layer.grads.new_empty(n, dtype=compute_dtype(layer.grads))
-        an, _, ad, gn, _, gp = layer.strides
-        with launch_device(out):
-            outer_kernel[(n,)](
-                layer.activations, layer.grads, out, layer.p, layer.d, an, ad, gn, gp, BIAS=bias, **OUTER_CONFIG
-            )
-        return out
-    depthwise = _is_depthwise(layer)
-    if weight and form == "auto":
+        return _outer(layer, bias)
+    if weight and form == "auto" and not layer.depthwise:
         form = cheaper_form(layer.positions, layer.p, layer.d, layer.grads.element_size(), layer.dims > 0)
-        form = "direct" if depthwise else form
     if weight and form == "gram":
         return _gram(layer, bias)
     slots = 0
     if weight:
-        slots = _channel_blocks(layer.groups) if depthwise else layer.groups * _tiles(layer)
+        slots = _channel_blocks(layer.groups) if layer.depthwise else layer.groups * _tiling(layer)[2]
     partials = _partials(layer.grads, slots + (_channel_blocks(layer.grads.shape[2]) if bias else 0))
-    if weight and depthwise:
+    if weight and layer.depthwise:
         _depthwise(layer, partials, slots)
     elif weight:
-        _direct(layer, partials, None, n)
+        _direct(layer, partials, None, layer.samples)
     if bias:
         _channels(None, layer.grads, None, None, True, partials, slots, None)
     return combine(partials)
@@ -702,11 +751,11 @@ def linear_grads_and_sq_norms(activations: Tensor, grads: Tensor, bias: bool) ->
         sq_norms = _layer_sq_norms(layer, True, bias, "auto")
         bias_grad = grads.sum((0, 1), dtype=compute_dtype(grads)).to(grads.dtype) if bias else grads.new_zeros(0)
         return sq_norms, weight_grad, bias_grad
-    tiles = _tiles(layer)
+    tiles = _tiling(layer)[2]
     partials = _partials(grads, tiles + (_channel_blocks(p) if bias else 0))
     # fewer tiles than multiprocessors: split the samples, and add the parts up in order
     splits = max(1, min(n, multiprocessors(grads.device) // tiles))
-    splits = triton.cdiv(n, triton.cdiv(n, splits))
+    splits = ceil_div(n, ceil_div(n, splits))
     parts = weight_grad[None] if splits == 1 else partials.new_empty((splits, p, d))
     _direct(layer, partials, parts, splits)
     if splits > 1:
@@ -717,14 +766,6 @@ def linear_grads_and_sq_norms(activations: Tensor, grads: Tensor, bias: bool) ->
         _channels(None, grads, None, None, True, partials, tiles, sums)
         _add_rows(sums, bias_grad)
     return combine(partials), weight_grad, bias_grad
-
-
-def _add_rows(rows: Tensor, out: Tensor) -> None:
-    count = rows.shape[1]
-    with launch_device(rows):
-        add_rows_kernel[(triton.cdiv(count, ADD_ROWS_CONFIG["BLOCK"]),)](
-            rows, out, rows.shape[0], count, **ADD_ROWS_CONFIG
-        )
 
 
 def affine_grad_sq_norms(
@@ -742,13 +783,11 @@ def embedding_grad_sq_norms(ids: Tensor, grads: Tensor, padding_idx: int) -> Ten
     if grads.numel() == 0:
         return grads.new_zeros(n, dtype=compute_dtype(grads))
     ordered, order = ids.sort(dim=1, stable=True)
-    blocks, chunks = triton.cdiv(d, EMBEDDING_CONFIG["BLOCK_D"]), triton.cdiv(positions, EMBEDDING_CONFIG["CHUNK"])
+    blocks, chunks = ceil_div(d, EMBEDDING[0]["BLOCK_D"]), ceil_div(positions, EMBEDDING[0]["CHUNK"])
     partials = _partials(grads, chunks * blocks)
-    with launch_device(grads):
-        embedding_kernel[(n * chunks * blocks,)](
-            ordered.contiguous(), order.contiguous(), grads, partials, blocks, chunks, positions, d,
-            *grads.stride(), padding_idx, **EMBEDDING_CONFIG,
-        )  # fmt: skip
+    tensors = ordered.contiguous(), order.contiguous(), grads, partials
+    integers = blocks, chunks, positions, d, *grads.stride(), padding_idx
+    _launch(embedding_kernel, (n * chunks * blocks,), tensors, integers, *EMBEDDING)
     return combine(partials)
 
 
@@ -804,12 +843,11 @@ def shipped() -> Iterator[Compilation]:
             yield Compilation(
                 f"gram-{label}", gram_kernel, pointers, layout | {"BIAS": True} | gram._asdict(), gram_warps, ones=ones
             )
-            channels = {k: v for k, v in CHANNELS_CONFIG.items() if k != "num_warps"}
             yield Compilation(
-                f"depthwise-{label}", depthwise_kernel, pointers, {"DIMS": dims, "WIDE": False, "T_LAST": t_last} | channels,
-                CHANNELS_CONFIG["num_warps"], ones=ones,
+                f"depthwise-{label}", depthwise_kernel, pointers, {"DIMS": dims, "WIDE": False, "T_LAST": t_last} | CHANNELS[0],
+                CHANNELS[1], ones=ones,
             )  # fmt: skip
-        for positions in (16, 64):
+        for positions in (16, 64, 512):
             gram, gram_warps = gram_config(positions, dtype.itemsize, False)
             yield Compilation(
                 f"gram-{pointee}-T{positions}", gram_kernel, pointers,
@@ -818,7 +856,7 @@ def shipped() -> Iterator[Compilation]:
             )  # fmt: skip
         yield Compilation(
             f"outer-{pointee}", outer_kernel, {"a_ptr": pointee, "g_ptr": pointee, "out_ptr": compute},
-            {"BIAS": True, "BLOCK": OUTER_CONFIG["BLOCK"]}, OUTER_CONFIG["num_warps"], ones=("stride_ad", "stride_gp"),
+            {"BIAS": True} | OUTER[0], OUTER[1], ones=("stride_ad", "stride_gp"),
             multiples=("p", "d", "stride_an", "stride_gn"), load_bits=64,
         )  # fmt: skip
         for t_last in (False, True):
@@ -827,7 +865,7 @@ def shipped() -> Iterator[Compilation]:
                 {"values_ptr": pointee, "grads_ptr": pointee, "mean_ptr": compute, "rstd_ptr": compute,
                  "partials_ptr": compute, "sums_ptr": compute},
                 {"HAS_MEAN": True, "HAS_RSTD": True, "WEIGHT": True, "BIAS": True, "SUMS": True, "T_LAST": t_last}
-                | {k: v for k, v in CHANNELS_CONFIG.items() if k != "num_warps"}, CHANNELS_CONFIG["num_warps"],
+                | CHANNELS[0], CHANNELS[1],
                 ones=("stride_vt", "stride_gt") if t_last else ("stride_vc", "stride_gc"),
                 multiples=("positions", "channels", "stride_vn", "stride_gn", "stride_vc", "stride_gc")
                 if t_last else ("positions", "channels", "stride_vn", "stride_gn", "stride_vt", "stride_gt"),
@@ -835,15 +873,15 @@ def shipped() -> Iterator[Compilation]:
         yield Compilation(
             f"embedding-{pointee}", embedding_kernel,
             {"ids_ptr": "i64", "order_ptr": "i64", "grads_ptr": pointee, "partials_ptr": compute},
-            {k: v for k, v in EMBEDDING_CONFIG.items() if k != "num_warps"}, EMBEDDING_CONFIG["num_warps"],
+            *EMBEDDING,
             ones=("stride_gd",), multiples=("d", "stride_gn", "stride_gt"),
         )  # fmt: skip
         yield Compilation(
             f"add-rows-{pointee}", add_rows_kernel, {"rows_ptr": compute, "out_ptr": pointee},
-            {"BLOCK": ADD_ROWS_CONFIG["BLOCK"]}, ADD_ROWS_CONFIG["num_warps"], multiples=("count",), load_bits=128,
+            *ADD_ROWS, multiples=("count",), load_bits=128,
         )  # fmt: skip
     for compute in ("fp32", "fp64"):
         yield Compilation(
             f"combine-{compute}", combine_kernel, {"partials_ptr": compute, "out_ptr": compute},
-            {"BLOCK": COMBINE_CONFIG["BLOCK"]}, COMBINE_CONFIG["num_warps"],
+            *COMBINE,
         )  # fmt: skip
