@@ -27,6 +27,7 @@ STEPS = ("build", "tests", "sanitizers", "groups")
 LIMITS = {"wheels": 60, "build": 300, "tests": 240, "sanitizers": 90}
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZER_TARGET = "tests/gpu/sanitizer_target.py"
+TESTS, TEST_WORKERS = "tests/gpu", 4  # each takes up to 15 GB of the GPU's memory
 OVERRUN = 1.5  # of a group's share, and GRACE_S: then it is stopped; before, it stops by itself between two cases
 GRACE_S = 20.0
 WHEELS = records.ROOT / ".whl"
@@ -86,14 +87,23 @@ def _wheels(run: Run, target: Path) -> None:
     run.environment["PYTHONPATH"] += os.pathsep + str(target)
 
 
+def _importable(run: Run, module: str) -> bool:
+    """In the processes of the steps."""
+    command = [sys.executable, "-c", f"import {module}"]
+    return (
+        subprocess.run(command, env=run.environment, cwd=records.ROOT, capture_output=True, check=False).returncode == 0
+    )
+
+
 def _tests(run: Run) -> None:
-    find = [sys.executable, "-c", "import pytest"]
-    if subprocess.run(find, env=run.environment, cwd=records.ROOT, capture_output=True, check=False).returncode:
+    if not _importable(run, "pytest"):
         run.outcome["tests"] = "not available: pytest is not installed (a wheel in .whl would do)"
         return
     # the plugins that pyproject.toml configures may not be there: no configuration
     options = ["-c", os.devnull, "--rootdir", str(records.ROOT), "-p", "no:cacheprovider", "-q", "--durations=10"]
-    run.step("tests", [sys.executable, "-m", "pytest", *options, "tests/gpu"], run.limit("tests"))
+    if _importable(run, "xdist"):
+        options += ["-n", str(TEST_WORKERS)]  # most of their time compiles kernels
+    run.step("tests", [sys.executable, "-m", "pytest", *options, TESTS], run.limit("tests"))
 
 
 def compute_sanitizer() -> str | None:

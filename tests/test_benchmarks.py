@@ -596,6 +596,16 @@ class TestGpuCommand:
         monkeypatch.setattr(gpu, "compute_sanitizer", lambda: None)
         assert self.sanitized(monkeypatch) == {"sanitizers": "not available: there is no compute-sanitizer"}
 
+    def test_gpu_tests_run_without_the_plugins_that_are_configured(self, monkeypatch):
+        monkeypatch.setattr(gpu, "TESTS", "tests/test_state.py")
+        monkeypatch.setattr(gpu, "_importable", lambda run, module: module == "pytest")
+        run = gpu.Run(200)
+        gpu._tests(run)
+        assert run.outcome["tests"].startswith("ok")
+        monkeypatch.setattr(gpu, "_importable", lambda run, module: False)
+        gpu._tests(run)
+        assert run.outcome["tests"].startswith("not available: pytest")
+
     def test_wheels_are_importable_for_the_steps_and_gone_afterwards(self, monkeypatch, tmp_path):
         wheel = tmp_path / "a_peer-1.0-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
