@@ -20,7 +20,7 @@ from triton import knobs
 
 from adaselect_kernels import AdaSelectionState, dispatch, fused_select, per_sample_stats, reference, select_topk
 from adaselect_kernels.kernels import runtime
-from benchmarks.launches import cpu_batch, host_cost, record, stand_in
+from benchmarks.launches import TARGET, cpu_batch, host_cost, record, stand_in
 
 RADIX_SELECT = ["digit_kernel"] * 4 + ["compact_kernel"]  # float32: four digits of 8 bits
 LARGE_BATCH = ["moments_kernel", "sums_kernel", "scores_kernel"]
@@ -56,6 +56,16 @@ def test_launches_of_statistics_and_top_k():
     launches = record(lambda: select_topk(scores, 1000, order="index", impl="triton"))
     assert names(launches) == RADIX_SELECT
     assert all(launch.grid == (512, 1, 1) for launch in launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thread_keeps_a_short_row_to_itself(dtype):
+    """Eleven classes have no vector width. Threads dealt over a row's columns would shuffle for every sum."""
+    logits, targets = cpu_batch(300, 11, dtype)
+    (launch,) = record(lambda: per_sample_stats(logits, targets, impl="triton"))
+    compiled = triton.compile(launch.source, target=TARGET, options={"num_warps": 4, "enable_fp_fusion": True})
+    assert "ex2.approx" in compiled.asm["ptx"]
+    assert "shfl" not in compiled.asm["ptx"]
 
 
 def test_few_long_rows_are_split_over_a_whole_gpu():

@@ -246,6 +246,9 @@ def tile_rows(
     inside = (vector < classes // VEC) & over_rows(y >= 0)
     if VEC == 1:
         offsets = over_rows(row_offset) + cols.to(tl.int64) * stride_class
+        if W == 1:
+            # seen as contiguous, a row's registers would have the threads dealt over them, and sums take shuffles
+            offsets = tl.max_contiguous(offsets, [1, 1, 1])
     else:
         offsets = over_rows(row_offset) + cols
     z = tl.load(logits_ptr + offsets, mask=inside, other=float("-inf")).to(COMPUTE)
