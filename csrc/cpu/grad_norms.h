@@ -68,8 +68,8 @@ template <class T>
 constexpr Dtype kComputeDtype = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
 inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-inline constexpr int64_t kSumBlock = 256;       // products added in the compute type before they go to float64
-inline constexpr int64_t kGroupBlock = 32;      // row groups whose tiles are live at once
+inline constexpr int64_t kSumBlock = 512;       // products added in the compute type before they go to float64
+inline constexpr int64_t kGroupBlock = 16;      // row groups whose tiles are live at once
 inline constexpr int64_t kWorkGrain = 1 << 16;  // operations worth a thread of their own
 
 // Samples a thread takes at least.

@@ -117,21 +117,22 @@ void pack_grads(const Layer& l, const char* grads, T* packed) {
 
 template <class T>
 struct DirectScratch {
-  T *grads, *panel;
+  T *grads, *panels;
   double* tiles;
 
   static int64_t grads_bytes(const Layer& l) {
     return (round_up(l.features, matrix_kernels<T>().rows) * points(l.out) + kPackSlack) * sizeof(T);
   }
-  static int64_t panel_bytes(const DirectPlan& plan) {
-    return (points(plan.extent) * 2 * matrix_kernels<T>().lanes + kPackSlack) * sizeof(T);
+  static int64_t panels_bytes(const Layer& l, const DirectPlan& plan) {
+    return (round_up(l.channels, matrix_kernels<T>().lanes) * points(plan.extent) + kPackSlack) * sizeof(T);
   }
   static int64_t bytes(const Layer& l, const DirectPlan& plan) {
-    return Scratch::aligned(grads_bytes(l)) + Scratch::aligned(panel_bytes(plan)) + Scratch::aligned(tiles_bytes<T>());
+    return Scratch::aligned(grads_bytes(l)) + Scratch::aligned(panels_bytes(l, plan)) +
+           Scratch::aligned(tiles_bytes<T>());
   }
   DirectScratch(Scratch& scratch, const Layer& l, const DirectPlan& plan)
       : grads(scratch.take<T>(grads_bytes(l))),
-        panel(scratch.take<T>(panel_bytes(plan))),
+        panels(scratch.take<T>(panels_bytes(l, plan))),
         tiles(scratch.take<double>(tiles_bytes<T>())) {}
 };
 
@@ -141,20 +142,24 @@ double direct(const Layer& l, const DirectPlan& plan, const char* input, const c
   const int64_t positions = points(l.out), row_groups = ceil_div(l.features, matrix.rows);
   pack_grads(l, grads, scratch.grads);
   const Panels panels{l.channels, matrix.lanes};
-  double total = 0;
+  const int64_t extent = points(plan.extent);
   for (int64_t j = 0; j < panels.count(); ++j) {
-    const int64_t width = panels.width(j);
     pack_input(l, plan.extent, input + panels.first(j) * l.input_channel * element_bytes(l.dtype), l.input_channel,
-               panels.used(j), width, scratch.panel);
-    for (int64_t group = 0; group < row_groups; group += kGroupBlock) {
-      const int64_t groups = std::min(kGroupBlock, row_groups - group), tiles = groups * matrix.rows * width;
+               panels.used(j), panels.width(j), scratch.panels + panels.first(j) * extent);
+  }
+  double total = 0;
+  for (int64_t group = 0; group < row_groups; group += kGroupBlock) {  // its gradients stay in the cache
+    const int64_t groups = std::min(kGroupBlock, row_groups - group);
+    for (int64_t j = 0; j < panels.count(); ++j) {
+      const int64_t width = panels.width(j), tiles = groups * matrix.rows * width;
       for (int64_t offset : plan.offsets) {
         std::fill_n(scratch.tiles, tiles, 0.0);
         const T* row = scratch.grads + group * positions * matrix.rows;
+        const T* column = scratch.panels + panels.first(j) * extent + offset * width;
         for (size_t block = 0; block + 1 < plan.blocks.size(); ++block) {
           const Run *begin = &plan.runs[plan.blocks[block]], *end = plan.runs.data() + plan.blocks[block + 1];
-          matrix.multiply(row, positions * matrix.rows, groups, scratch.panel + offset * width, width, l.stride[2],
-                          begin, end - begin, scratch.tiles);
+          matrix.multiply(row, positions * matrix.rows, groups, column, width, l.stride[2], begin, end - begin,
+                          scratch.tiles);
           for (const Run* run = begin; run != end; ++run) row += run->length * matrix.rows;
         }
         total += matrix.sum_squares(scratch.tiles, tiles, nullptr);
@@ -594,7 +599,7 @@ void add_grads(const Layer& l, T* weight_grad, T* bias_grad, double* totals) {
       Scratch scratch(2 * bytes);
       double *tiles = scratch.take<double>(bytes), *sums = scratch.take<double>(bytes);
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t j = unit / row_blocks, group = unit % row_blocks * kGroupBlock, width = panels.width(j);
+        const int64_t j = unit % panels.count(), group = unit / panels.count() * kGroupBlock, width = panels.width(j);
         const int64_t groups = std::min(kGroupBlock, chunk.row_groups - group), size = groups * matrix.rows * width;
         std::fill_n(sums, size, 0.0);
         for (int64_t i = 0; i < pieces; ++i) {
