@@ -28,6 +28,7 @@ from adaselect_kernels.grad_norms.gradients import (
     Use,
     by_rule,
     replaced,
+    same_alone,
     sample_gradient,
     sq_norms_of,
     tensors_in,
@@ -79,14 +80,15 @@ class Attach(torch.autograd.Function):
     """Ties an output to `tensors` without changing it: their gradients are `gradients(g)`."""
 
     @staticmethod
-    def forward(ctx, gradients: Callable[[Tensor], tuple], out: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx, gradients: Callable[[Tensor], tuple], same: bool, out: Tensor, *tensors: Tensor) -> Tensor:
         ctx.gradients = gradients
-        ctx.mark_dirty(out)  # it stays the same tensor, and may still be written in place
+        if same:
+            ctx.mark_dirty(out)  # it stays the same tensor, and may still be written in place
         return out
 
     @staticmethod
     def backward(ctx, grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, grads if ctx.needs_input_grad[1] else None, *ctx.gradients(grads)
+        return None, None, grads if ctx.needs_input_grad[2] else None, *ctx.gradients(grads)
 
 
 def _seen_through(tensor: Tensor, base: Tensor) -> Callable[[Tensor], Tensor]:
@@ -177,6 +179,7 @@ class Recorder(TorchFunctionMode):
         self._accounted: set[Any] = set()
         self._shared_nodes: dict[Any, frozenset[int]] = {}
         self._segments: set[Any] = set()  # nodes of reentrant checkpoints
+        self._uses: list[tuple[Use, Any]] = []  # of the forward pass, with the node whose gradient each waits for
         self._inputs: list[Tensor] = []  # kept, so that a recomputation finds the same objects
         self.finished = False
         self._means = TensorMap()  # mean losses -> how many terms
@@ -193,7 +196,7 @@ class Recorder(TorchFunctionMode):
         """Keep the norms and drop what only a backward pass needs; a later one is none of ours."""
         self._closed = True
         self._sample_nodes, self._accounted, self._shared_nodes = {}, set(), {}
-        self._segments, self._inputs = set(), []
+        self._segments, self._uses, self._inputs = set(), [], []
         self._means = TensorMap()
         self._samples, self._shared = TensorMap(), TensorMap()
 
@@ -309,15 +312,15 @@ class Recorder(TorchFunctionMode):
         """A tensor that came from where torch functions are not seen: a sample tensor if its graph says so."""
         if tensor.grad_fn is None or self.rows is None:
             return False
-        found, _ = self._walk([tensor.grad_fn])  # what it leads to is checked before the backward pass
+        found, _, _ = self._walk([tensor.grad_fn])  # what it leads to is checked before the backward pass
         if not found:
             return False
         leading = tensor.shape[0] == self.rows.count and all(at == LEADING for at in found)
         self._set_layout(tensor, LEADING if leading else None)
         return True
 
-    def _walk(self, nodes: Sequence[Any]) -> tuple[list[Layout | None], list[tuple[int, str]]]:
-        """Down the graph: layouts of the sample tensors first met, and the leaves that a node not seen here leads to."""
+    def _walk(self, nodes: Sequence[Any]) -> tuple[list[Layout | None], list[tuple[int, str]], set[Any]]:
+        """Down the graph: layouts of the sample tensors first met, leaves that a node not seen here leads to, all nodes."""
         layouts, leaves, seen = [], [], set()
         stack = [(node, False) for node in nodes]  # and whether a sample tensor is above
         while stack:
@@ -340,7 +343,7 @@ class Recorder(TorchFunctionMode):
                     sources = frozenset([key]) if key in self.leaves else self._shared_nodes.get(below, frozenset())
                     leaves += [(source, node.name()) for source in sources if self.leaves[source].wanted]
                 stack.append((below, below_sample or node in self._sample_nodes))
-        return layouts, leaves
+        return layouts, leaves, seen
 
     def _account(self, outputs: Sequence[Tensor], above: set[Any]) -> None:
         """The nodes that a call made, between its outputs and its inputs."""
@@ -454,30 +457,40 @@ class Recorder(TorchFunctionMode):
             raise self._refusal(self._leaf_of(wanted[0]), f"{name}, of whose output the sample axis is not known")
         use.out_layouts = [at for at in where if at is not None]
         self._align(use, outputs)
-        # a view is rebased when it, or another view of its base, is written in place: only the base keeps its history
-        bases = [tensor if tensor._base is None else tensor._base for tensor in outputs]
+        samples = [tensor for tensor, _ in known]
+        simple = name in rules.ELEMENTWISE or name in rules.JOINING
+        if call is None and not simple and not self._replays(use, samples, outputs):
+            raise self._refusal(
+                self._leaf_of(wanted[0]), f"{name}, which does not give a sample alone what it gives it in the batch"
+            )
         anchor = torch.zeros(0, requires_grad=True, device=outputs[0].device)
-        if use.fused:
-            gradients = functools.partial(self._fired_fused, use, _seen_through(outputs[0], bases[0]))
-            Attach.apply(gradients, bases[0], *use.shared.values())
-        elif not bases[0].requires_grad:
-            for base in {id(base): base for base in bases}.values():
-                Attach.apply(lambda grads: (None,), base, anchor)
+        if len(outputs) > 1:
+            # one may be computed from another inside the call: hooks see what comes from outside, on nodes of their own
+            apart_from = {id(t): Attach.apply(lambda grads: (None,), False, t, anchor) for t in outputs}
+            out = replaced(out, lambda value: apart_from.get(id(value), value))
+            outputs = bases = list(apart_from.values())
+        else:
+            # a view is rebased when it, or another view of its base, is written in place: only the base keeps its history
+            bases = [tensor if tensor._base is None else tensor._base for tensor in outputs]
+            if use.fused:
+                gradients = functools.partial(self._fired_fused, use, _seen_through(outputs[0], bases[0]))
+                Attach.apply(gradients, True, bases[0], *use.shared.values())
+            elif not bases[0].requires_grad:
+                Attach.apply(lambda grads: (None,), True, bases[0], anchor)
         self._account([*outputs, *bases], above)
         for tensor, where in zip(outputs, use.out_layouts, strict=True):
             self._set_layout(tensor, where)
         with torch._C.DisableTorchFunction(), torch.enable_grad():
-            use.kept = Keep.apply(anchor, *(tensor for tensor, _ in known))
-        maps = [_seen_through(tensor, base) for tensor, base in zip(outputs, bases, strict=True)]
+            use.kept = Keep.apply(anchor, *samples)
         if use.fused:
             pass
         elif len(outputs) == 1:
-            bases[0].register_hook(lambda grads: self._fired(use, [maps[0](grads)]))
+            through = _seen_through(outputs[0], bases[0])
+            bases[0].register_hook(lambda grads: self._fired(use, [through(grads)]))
         else:
-            torch.autograd.graph.register_multi_grad_hook(
-                bases,
-                lambda grads: self._fired(use, [g if g is None else m(g) for m, g in zip(maps, grads, strict=True)]),
-            )
+            torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._fired(use, list(grads)))
+        if not use.late:
+            self._uses.append((use, bases[0].grad_fn))
         for leaf in self._leaves_of(use):
             leaf.uses[use.late] += 1
         return out
@@ -501,10 +514,21 @@ class Recorder(TorchFunctionMode):
                 dim = at.dim - max(0, outputs[0].dim() - tensor.dim()) if use.name != "stack" else use.layouts[0].dim
                 if dim >= 0 and tensor.shape[dim] == at.outer * self.rows.count * at.inner and tensor.shape[dim] > 1:
                     use.aligned[id(tensor)] = at._replace(dim=dim)
-        if use.name in layout.RECURRENT:
-            # the initial state [layers, N, H] is a constant that the module makes
-            for tensor in tensors_in(use.args[1]):
-                use.aligned[id(tensor)] = Layout(tensor.dim() - 2)
+
+    def _replays(self, use: Use, samples: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+        """Whether the call can be made again for one sample, with its other tensors whole or cut down along with it."""
+        assert self.rows is not None
+        with self._apart(), torch.random.fork_rng([t.device for t in outputs[:1] if t.is_cuda]):
+            if same_alone(use, samples, outputs, self.rows):
+                return True
+            size = [at.outer * self.rows.count * at.inner for at in use.layouts]
+            for tensor in [*tensors_in(use.args), *tensors_in(use.kwargs)]:
+                at = use.layouts[0]
+                # the first state of recurrent layers is [layers, N, H], whatever the order of the input is
+                dim = tensor.dim() - 2 if use.name in layout.RECURRENT and tensor.dim() == 3 else at.dim
+                if 0 <= dim < tensor.dim() and tensor.shape[dim] == size[0]:
+                    use.aligned[id(tensor)] = at._replace(dim=dim)
+            return same_alone(use, samples, outputs, self.rows)
 
     def _may_fuse(self, name: str, use: Use, shared: Sequence[Tensor]) -> bool:
         plain = all(id(tensor) in self.leaves for tensor in shared) and len(shared) == len(use.shared)
@@ -645,7 +669,7 @@ class Recorder(TorchFunctionMode):
                 self.means_seen = True
         elif name in ("mul", "div", "true_divide", "neg", "to", "float", "double"):
             marked = [self._means[tensor] for tensor in tensors if tensor in self._means]
-            if len(marked) == 1:
+            if len(marked) == 1 and sum(tensor in self._samples for tensor in tensors) == 1:
                 self._means[out] = marked[0]
 
     def _mean_count(self, args, kwargs) -> Tensor | int | None:
@@ -684,15 +708,20 @@ class Recorder(TorchFunctionMode):
                 self._leaf_of(loss),
                 "a loss that no input was seen to reach (call the model itself; a scripted module hides its inputs)",
             )
-        if loss.grad_fn is not None:
-            _, reached = self._walk([loss.grad_fn])
-            if reached:
-                key, node = reached[0]
-                raise self._refusal(
-                    self.leaves[key], f"{node}, which is not a torch function that can be seen (a scripted module, an"
-                    " autograd.Function, or a call of the model outside this context)",
-                )  # fmt: skip
+        _, reached, nodes = self._walk([] if loss.grad_fn is None else [loss.grad_fn])
+        if reached:
+            key, node = reached[0]
+            raise self._refusal(
+                self.leaves[key], f"{node}, which is not a torch function that can be seen (a scripted module, an"
+                " autograd.Function, or a call of the model outside this context)",
+            )  # fmt: skip
         loss.backward(gradient, retain_graph, create_graph)  # another context around this one sees it as well
+        for use, node in self._uses:
+            if use.kept is not None and node in nodes:
+                raise self._refusal(
+                    self._leaves_of(use)[0], f"{use.name}, which no gradient reached although the loss has it"
+                )
+        self._uses.clear()
         with self._apart():
             for leaf in self.leaves.values():
                 if leaf.entries and not leaf.closed:  # some of its uses had no part in the loss
