@@ -112,10 +112,14 @@ def stand_in(log: list[Launch] | None) -> Iterator[None]:
 
 
 def record(call: Callable[[], Any]) -> list[Launch]:
-    """The launches of `call`, in order."""
+    """The launches of `call`, in order, all through Triton's dispatch: tensors among the arguments are the tensors given."""
     log: list[Launch] = []
-    with stand_in(log):
-        call()
+    direct, runtime.DIRECT = runtime.DIRECT, False
+    try:
+        with stand_in(log):
+            call()
+    finally:
+        runtime.DIRECT = direct
     return log
 
 

@@ -74,6 +74,13 @@ def test_few_long_rows_are_split_over_a_whole_gpu():
     assert launch.grid == (8 * 31, 1, 1)  # at least 4096 columns each
 
 
+def test_a_recording_keeps_the_tensors():
+    scores = torch.zeros(5000)
+    for _ in range(2):
+        launches = record(lambda: select_topk(scores, 5, order="index", impl="triton"))
+        assert all(launch.arguments[0].data_ptr() == scores.data_ptr() for launch in launches)
+
+
 def test_a_recording_leaves_nothing_behind(generator):
     logits, targets = torch.randn(8, 5, generator=generator), torch.randint(5, (8,), generator=generator)
 
@@ -142,6 +149,14 @@ def dispatched(monkeypatch):
     return count
 
 
+def as_it_runs(call):
+    """The launches of `call`, those alike without Triton's dispatch."""
+    log = []
+    with stand_in(log):
+        call()
+    return log
+
+
 def probe(n=100, stride=3, flag=True, block=16):
     return runtime.Launch(probe_kernel, (7,), (n, stride), {"FLAG": flag, "BLOCK": block}, 4)
 
@@ -154,7 +169,7 @@ def plain(launch):
     return launch.kernel, launch.grid, launch.num_warps, source.signature, source.constants, specialised, arguments
 
 
-def test_a_direct_launch_is_the_one_triton_would_make(monkeypatch):
+def test_a_direct_launch_is_the_one_triton_would_make():
     """All that Triton specialises on: alignment, types, integers that are 1, multiples of 16, or need 64 bits."""
     seed = int(os.environ.get("ADASELECT_TEST_SEED", random.SystemRandom().getrandbits(32)))
     draw = random.Random(seed)
@@ -167,10 +182,7 @@ def test_a_direct_launch_is_the_one_triton_would_make(monkeypatch):
         tensors = [Pointer(address, draw.choice((torch.float32, torch.int64))) for address in addresses]
         options = (draw.choice((0, 1, 16, 2**40, -(2**63))),)
         call = functools.partial(launch, *tensors, options=options)
-        monkeypatch.setattr(runtime, "DIRECT", True)
-        (direct,) = record(call)
-        monkeypatch.setattr(runtime, "DIRECT", False)
-        (right,) = record(call)
+        (direct,), (right,) = as_it_runs(call), record(call)
         assert plain(direct) == plain(right), f"ADASELECT_TEST_SEED={seed}"
         sources.add(str(plain(right)[3:6]))
     assert len(sources) > 20
@@ -186,7 +198,7 @@ def test_launches_alike_are_dispatched_once(dispatched):
 
     def twice(*tensors):
         dispatched.clear()
-        record(lambda: [launch(*tensors, options=(i,)) for i in range(2)])
+        as_it_runs(lambda: [launch(*tensors, options=(i,)) for i in range(2)])
         return len(dispatched)
 
     assert twice(Pointer(), Pointer()) == 1
@@ -196,26 +208,26 @@ def test_launches_alike_are_dispatched_once(dispatched):
     assert twice(Pointer(device=1), Pointer(device=1)) == 1
     assert twice(Pointer(), Pointer((1 << 20) + 8)) == 2, "a tensor that is not aligned must be looked at every time"
     with pytest.raises(TypeError):
-        record(lambda: launch(Pointer(), Pointer()))  # an option is missing
+        as_it_runs(lambda: launch(Pointer(), Pointer()))  # an option is missing
 
 
 def test_a_kernel_stays_loaded_when_triton_forgets_it(dispatched):
     """Triton unloads a kernel with its last reference, and then its function must not be launched any more."""
     launch = probe()
-    record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+    as_it_runs(lambda: launch(Pointer(), Pointer(), options=(0,)))
     ((*_, kernel),) = launch._compiled.values()
     alive = weakref.ref(kernel)
     del kernel
     probe_kernel.device_caches.clear()
     gc.collect()
     assert alive() is not None
-    record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+    as_it_runs(lambda: launch(Pointer(), Pointer(), options=(0,)))
     assert len(dispatched) == 1
 
 
 def test_a_profiler_sees_every_launch(dispatched):
     launch = probe()
-    record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+    as_it_runs(lambda: launch(Pointer(), Pointer(), options=(0,)))
     dispatched.clear()
 
     def hook(metadata):
@@ -223,14 +235,14 @@ def test_a_profiler_sees_every_launch(dispatched):
 
     for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
         chain.add(hook)
-        record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+        as_it_runs(lambda: launch(Pointer(), Pointer(), options=(0,)))
         chain.remove(hook)
     assert len(dispatched) == 2
-    record(lambda: launch(Pointer(), Pointer(), options=(0,)))
+    as_it_runs(lambda: launch(Pointer(), Pointer(), options=(0,)))
     assert len(dispatched) == 2
 
 
-def test_public_calls_launch_alike_with_and_without_dispatch(generator, monkeypatch):
+def test_public_calls_launch_alike_with_and_without_dispatch(generator):
     """Repeated calls, in the layouts that change a specialisation, one after the other on the same remembered plans."""
     flat = torch.randn(16 * 24 + 1, generator=generator)
     aligned, misaligned = flat[:-1].view(16, 24), flat[1:].view(16, 24)
@@ -239,7 +251,7 @@ def test_public_calls_launch_alike_with_and_without_dispatch(generator, monkeypa
     targets = torch.zeros(16, dtype=torch.int64)
     state = AdaSelectionState.create(("big_loss", "small_loss", "uniform"), seed=2**63 + 1)
 
-    def launches():
+    def launches(recorder):
         kept = []  # addresses are compared: nothing may be freed and used again within a round
 
         def calls():
@@ -249,12 +261,10 @@ def test_public_calls_launch_alike_with_and_without_dispatch(generator, monkeypa
                     kept.append(per_sample_stats(logits, t, impl="triton"))
                 kept.append(select_topk(logits[:, 0], 3, impl="triton"))
 
-        return [plain(launch) for launch in record(calls)]
+        return [plain(launch) for launch in recorder(calls)]
 
     runtime.forget()
-    first, direct = launches(), launches()
-    monkeypatch.setattr(runtime, "DIRECT", False)
-    dispatched = launches()
+    first, direct, dispatched = launches(as_it_runs), launches(as_it_runs), launches(record)
     inputs = {t.data_ptr() for t in (aligned, misaligned, transposed, one_column, targets, state.buffer)}
     for a, b, c in zip(first, direct, dispatched, strict=True):
         assert a[:6] == b[:6] == c[:6]

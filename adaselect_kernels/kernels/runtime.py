@@ -59,11 +59,11 @@ class Launch:
         self.grid = grid + (1,) * (3 - len(grid))
         self._tail = tuple(self.constants[name] for name in kernel.arg_names[-len(self.constants) :])
         self._compiled: dict[Any, tuple[Any, Any, Any, Any]] = {}
-        if DIRECT:
-            options = [parameter for parameter in kernel.params if parameter.annotation == "i64"]
-            if not all(option.do_not_specialize for option in options):
-                raise TypeError(f"{kernel.fn.__name__} specialises on an option: {[option.name for option in options]}")
-            self._n_options = len(options)
+        # an interpreted kernel has no parameters to look at, and is never launched directly
+        options = [parameter for parameter in getattr(kernel, "params", ()) if parameter.annotation == "i64"]
+        if not all(option.do_not_specialize for option in options):
+            raise TypeError(f"{kernel.fn.__name__} specialises on an option: {[option.name for option in options]}")
+        self._n_options = len(options)
 
     def __call__(self, *tensors: Tensor, options: tuple[int, ...] = ()) -> None:
         if DIRECT:
