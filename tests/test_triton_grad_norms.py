@@ -485,6 +485,13 @@ def test_repeats_are_bit_identical(generator, monkeypatch):
         assert all(torch.equal(one, two) for one, two in zip(first, everything(), strict=True))
 
 
+def test_nothing_is_differentiated(generator):
+    a, g = normal(generator, 2, 3, 4).requires_grad_(), normal(generator, 2, 3, 5).requires_grad_()
+    results = [kernels.linear_grad_sq_norms(a, g, True, True, "auto"), *kernels.linear_grads_and_sq_norms(a, g, True)]
+    results.append(kernels.affine_grad_sq_norms(a, a, None, None, True, True))
+    assert not any(result.requires_grad for result in results)
+
+
 def test_a_sample_that_is_not_finite_spoils_no_other(generator):
     a, g = normal(generator, 3, 40, 20), normal(generator, 3, 40, 30)
     g[1, 7, 3] = math.inf

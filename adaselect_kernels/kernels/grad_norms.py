@@ -1,6 +1,6 @@
 """Squared norms of per-sample gradients of a layer, from its input A_i [T, d] and the gradient at its output G_i [T, p].
 
-Four ways to the same number, chosen by arithmetic (`linear_form`):
+Four ways to the same number, chosen by arithmetic (`cheaper_form`, `fused_pays`):
 outer    T = 1: |g|^2 |a|^2, one read.
 direct   tiles of G_i^T A_i in registers, squared and summed: 2 T d p operations.
 fused    direct, and each tile added to the batch's: weight gradient and norms from the operations of the first alone.
@@ -741,6 +741,7 @@ def fused_pays(positions: int, p: int, d: int, element_bytes: int) -> bool:
     return costs["fused"] <= costs["plain"] + min(costs["direct"], costs["gram"])
 
 
+@torch.no_grad()
 def linear_grads_and_sq_norms(activations: Tensor, grads: Tensor, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     layer = linear_layer(activations, grads)
     n, positions, p, d = layer.samples, layer.positions, layer.p, layer.d

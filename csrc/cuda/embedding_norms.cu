@@ -1,10 +1,19 @@
 // Launches of embedding_norms.h: which thread takes which part, and how the parts are added up, always in one order.
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "embedding_norms.h"
 
 namespace adaselect::cuda {
 namespace {
+
+void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("launch of ") + kernel + " failed: " + cudaGetErrorString(error));
+}
 
 constexpr int kLanes = 32;
 constexpr int kThreads = kWarps * kLanes;
@@ -92,7 +101,9 @@ void launch(const int64_t* sorted, const int32_t* positions, const void* grads, 
   segments_kernel<T, kPacked><<<static_cast<unsigned>(samples * blocks), kThreads, 0, stream>>>(
       sorted, positions, static_cast<const T*>(grads), count, channels, blocks, stride_sample, stride_row,
       stride_channel, padding_idx, sums);
+  check_launch("segments_kernel");
   combine_kernel<<<static_cast<unsigned>(samples), kThreads, 0, stream>>>(sums, blocks, static_cast<Compute<T>*>(out));
+  check_launch("combine_kernel");
 }
 
 }  // namespace
@@ -117,6 +128,7 @@ void sort_ids(const void* ids, bool wide, int64_t samples, int32_t count, int64_
   else
     sort_kernel<<<blocks, threads, bytes, on>>>(static_cast<const int32_t*>(ids), count, size, stride_sample,
                                                 stride_position, sorted, positions);
+  check_launch("sort_kernel");
 }
 
 void embedding_sq_norms(const int64_t* sorted, const int32_t* positions, const void* grads, Dtype dtype, bool packed,

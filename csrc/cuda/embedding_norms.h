@@ -133,7 +133,7 @@ ADASELECT_HD Compute<T> segments_sq_norm(const Sample<T>& sample, int32_t from, 
   return total;
 }
 
-// ---- launches
+// ---- launches, which throw std::runtime_error when they fail
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16, kFloat64 };
 

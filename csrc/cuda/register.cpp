@@ -71,8 +71,10 @@ at::Tensor embedding_grad_sq_norms(const at::Tensor& ids, const at::Tensor& grad
     order = order.to(at::kInt).contiguous();
   }
   const bool wide = packed(grads);
-  const at::Tensor partials =
-      at::empty({samples, channel_blocks(channels, dtype_of(grads), wide)}, result_options(grads));
+  const int64_t blocks = channel_blocks(channels, dtype_of(grads), wide);
+  TORCH_CHECK_VALUE(samples <= std::numeric_limits<int32_t>::max() / blocks,
+                    "too many samples for one launch: ", samples);
+  const at::Tensor partials = at::empty({samples, blocks}, result_options(grads));
   const at::Tensor out = at::empty({samples}, result_options(grads));
   embedding_sq_norms(sorted.data_ptr<int64_t>(), order.data_ptr<int32_t>(), grads.data_ptr(), dtype_of(grads), wide,
                      samples, count, channels, grads.stride(0), grads.stride(1), grads.stride(2), padding_idx,
