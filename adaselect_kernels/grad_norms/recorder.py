@@ -519,16 +519,18 @@ class Recorder(TorchFunctionMode):
         """Whether the call can be made again for one sample, with its other tensors whole or cut down along with it."""
         assert self.rows is not None
         with self._apart(), torch.random.fork_rng([t.device for t in outputs[:1] if t.is_cuda]):
-            if same_alone(use, samples, outputs, self.rows):
-                return True
-            size = [at.outer * self.rows.count * at.inner for at in use.layouts]
-            for tensor in [*tensors_in(use.args), *tensors_in(use.kwargs)]:
-                at = use.layouts[0]
-                # the first state of recurrent layers is [layers, N, H], whatever the order of the input is
-                dim = tensor.dim() - 2 if use.name in layout.RECURRENT and tensor.dim() == 3 else at.dim
-                if 0 <= dim < tensor.dim() and tensor.shape[dim] == size[0]:
-                    use.aligned[id(tensor)] = at._replace(dim=dim)
-            return same_alone(use, samples, outputs, self.rows)
+            at = use.layouts[0]
+            size = at.outer * self.rows.count * at.inner
+            others = [*tensors_in(use.args), *tensors_in(use.kwargs)]
+            for group in ([], [t for t in others if t not in self._shared], others):  # whole first, then cut down
+                for tensor in group:
+                    # the first state of recurrent layers is [layers, N, H], whatever the order of the input is
+                    dim = tensor.dim() - 2 if use.name in layout.RECURRENT and tensor.dim() == 3 else at.dim
+                    if 0 <= dim < tensor.dim() and tensor.shape[dim] == size:
+                        use.aligned[id(tensor)] = at._replace(dim=dim)
+                if same_alone(use, samples, outputs, self.rows):
+                    return True
+            return False
 
     def _may_fuse(self, name: str, use: Use, shared: Sequence[Tensor]) -> bool:
         plain = all(id(tensor) in self.leaves for tensor in shared) and len(shared) == len(use.shared)
