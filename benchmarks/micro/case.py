@@ -62,7 +62,7 @@ class Group:
     cases: Callable[[torch.device, bool], Sequence[Case]]
     weight: float = 1.0
     memory: bool = False
-    families: tuple[str, ...] = records.FAMILIES
+    families: tuple[str, ...] = records.SELECTION
     fits: Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]] = field(default=lambda records: [])
 
 

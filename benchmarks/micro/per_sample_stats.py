@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaselect_kernels import per_sample_stats
 from adaselect_kernels.options import STATS
-from benchmarks import gate, naive
+from benchmarks import gate, naive, timing
 from benchmarks.micro.case import (
     DTYPES,
     OURS,
@@ -43,7 +43,8 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Unavailable(f"{name.split('.')[0]} is not installed or does not load: {type(error).__name__}") from None
+        package = name.split(".")[0]
+        raise Unavailable(f"{package} is not installed or does not load: {timing.describe_error(error)}") from None
 
 
 def _liger() -> Callable[[Tensor, Tensor], Tensor]:

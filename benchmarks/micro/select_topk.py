@@ -71,11 +71,12 @@ def topk_case(n: int, share: float, *, ties: bool = False) -> Case:
 def cases(device: torch.device, quick: bool) -> list[Case]:
     if quick:
         return [topk_case(300, 0.2), topk_case(700, 0.5), topk_case(400, 0.2, ties=True)]
+    sizes, shares = (MILLION, 4 * MILLION, 16 * MILLION), (0.1, 0.2, 0.5)
     if device.type == "cuda":
-        sweep = [topk_case(n * MILLION, share) for n in (1, 4, 16) for share in (0.1, 0.2, 0.5)]
+        sweep = [topk_case(n, share) for n in sizes for share in shares]
     else:
-        sweep = [topk_case(n, 0.2) for n in (1 << 12, 1 << 16, 1 << 18, MILLION, 4 * MILLION, 16 * MILLION)]
-    return [*sweep, topk_case(MILLION, 0.2, ties=True)]
+        sweep = [topk_case(MILLION, share) for share in shares] + [topk_case(n, 0.2) for n in sizes[1:]]
+    return [*sweep, *(topk_case(n, 0.2) for n in (1 << 12, 1 << 16, 1 << 18)), topk_case(MILLION, 0.2, ties=True)]
 
 
 GROUP = Group("select_topk", "Top-k of one row of scores, ascending rows", cases, weight=1.5, families=("select",))
