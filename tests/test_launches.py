@@ -206,6 +206,7 @@ def test_launches_alike_are_dispatched_once(dispatched):
     assert twice(Pointer(), Pointer(dtype=torch.float64)) == 1
     assert twice(Pointer(device=0), Pointer(device=0)) == 1
     assert twice(Pointer(device=1), Pointer(device=1)) == 1
+    assert twice(Pointer(), Pointer(device=1)) == 1, "Triton must see a tensor that is elsewhere"
     assert twice(Pointer(), Pointer((1 << 20) + 8)) == 2, "a tensor that is not aligned must be looked at every time"
     with pytest.raises(TypeError):
         as_it_runs(lambda: launch(Pointer(), Pointer()))  # an option is missing

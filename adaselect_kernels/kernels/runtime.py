@@ -35,12 +35,15 @@ DIRECT = (
 )
 
 
+_NO_METADATA_NOR_HOOKS = (None, None, None)
+
+
 class Launch:
     """A launch of which only the tensors and the options are open; call it with them.
 
     The kernel's parameters are, in this order: the tensors; the `integers`; options, annotated tl.int64 and in
     do_not_specialize; constants. The first call goes through Triton's dispatch, which looks at every argument; later ones
-    with tensors of the same types on the same device go straight to the kernel it compiled. That is right because all that
+    with tensors of the same types on the same devices go straight to the kernel it compiled. That is right because all that
     Triton specialises on is fixed (every integer, every constant) or looked at: a tensor that is not 16-byte aligned, or a
     profiler's hook, takes Triton's dispatch. The launch is on the tensors' device, which must be current.
     """
@@ -66,33 +69,23 @@ class Launch:
         self._n_options = len(options)
 
     def __call__(self, *tensors: Tensor, options: tuple[int, ...] = ()) -> None:
-        if DIRECT:
-            device = tensors[0].get_device()
-            pointers = [tensor.data_ptr() for tensor in tensors]
-            key = (device, len(options) == self._n_options, *[tensor.dtype for tensor in tensors])
-            if key in self._compiled and reduce(or_, pointers) % 16 == 0 and not _observed():
-                run, function, metadata, _ = self._compiled[key]
-                stream = triton.runtime.driver.active.get_current_stream(device)
-                run(
-                    *self.grid,
-                    stream,
-                    function,
-                    metadata,
-                    None,
-                    None,
-                    None,
-                    *pointers,
-                    *self.integers,
-                    *options,
-                    *self._tail,
-                )
-                return
-            compiled = self._dispatch(tensors, options)
-            if compiled is not None and reduce(or_, pointers) % 16 == 0:
-                # the kernel too: it unloads its function when nothing holds it any more
-                self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
-        else:
+        if not DIRECT:
             self._dispatch(tensors, options)
+            return
+        devices = [tensor.get_device() for tensor in tensors]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        key = (len(options) == self._n_options, *devices, *[tensor.dtype for tensor in tensors])
+        aligned = reduce(or_, pointers) % 16 == 0
+        if key in self._compiled and aligned and not _observed():
+            run, function, metadata, _ = self._compiled[key]
+            stream = triton.runtime.driver.active.get_current_stream(devices[0])
+            arguments = (*pointers, *self.integers, *options, *self._tail)
+            run(*self.grid, stream, function, metadata, *_NO_METADATA_NOR_HOOKS, *arguments)
+            return
+        compiled = self._dispatch(tensors, options)
+        if compiled is not None and aligned:
+            # the kernel too: it unloads its function when nothing holds it any more
+            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
 
     def _dispatch(self, tensors: tuple[Tensor, ...], options: tuple[int, ...]) -> Any:
         return self.kernel[self.grid](
