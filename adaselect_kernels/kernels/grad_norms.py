@@ -594,7 +594,8 @@ COMBINE = {"BLOCK": 1024}, 4
 OUTER = {"BLOCK": 1024}, 4
 ADD_ROWS = {"BLOCK": 1024}, 4
 EMBEDDING = {"CHUNK": 64, "BLOCK_D": 512, "STAGES": 4}, 2
-CHANNELS = {"BLOCK_T": 32, "BLOCK_C": 64}, 4  # normalisation layers, biases, depthwise convolutions
+CHANNELS = {"BLOCK_T": 32, "BLOCK_C": 64}, 4  # normalisation layers, biases
+DEPTHWISE = {"BLOCK_T": 16, "BLOCK_C": 64}, 4  # every element of a patch has its offset in a register
 
 
 def combine(partials: Tensor) -> Tensor:
@@ -644,7 +645,7 @@ def _depthwise(layer: Layer, partials: Tensor, blocks: int) -> None:
     """Fills partials[:, :blocks]."""
     arguments = list(layer.arguments)
     arguments[9] *= layer.groups  # channels: the kernel sees those of all groups at once
-    constants = {"DIMS": layer.dims, "WIDE": layer.wide, "T_LAST": layer.g_t_last} | CHANNELS[0]
+    constants = {"DIMS": layer.dims, "WIDE": layer.wide, "T_LAST": layer.g_t_last} | DEPTHWISE[0]
     tensors = (layer.activations, layer.grads, partials)
     _launch(
         depthwise_kernel,
@@ -656,8 +657,8 @@ def _depthwise(layer: Layer, partials: Tensor, blocks: int) -> None:
     )
 
 
-def _channel_blocks(channels: int) -> int:
-    return ceil_div(channels, CHANNELS[0]["BLOCK_C"])
+def _blocks(channels: int, config: tuple[dict[str, int], int]) -> int:
+    return ceil_div(channels, config[0]["BLOCK_C"])
 
 
 def _channels(
@@ -666,7 +667,7 @@ def _channels(
 ) -> None:  # fmt: skip
     """Fills partials[:, slot : slot + blocks] and sums [N, C]; the weight's part when there are values."""
     n, positions, channels = grads.shape
-    blocks = _channel_blocks(channels)
+    blocks = _blocks(channels, CHANNELS)
     strides = [(grads if x is None else x).stride() for x in (values, grads, mean, rstd)]
     unused = partials
     tensors = tuple(unused if x is None else x for x in (values, grads, mean, rstd, partials, sums))
@@ -713,8 +714,8 @@ def _layer_sq_norms(layer: Layer, weight: bool, bias: bool, form: str) -> Tensor
         return _gram(layer, bias)
     slots = 0
     if weight:
-        slots = _channel_blocks(layer.groups) if layer.depthwise else layer.groups * _tiling(layer)[2]
-    partials = _partials(layer.grads, slots + (_channel_blocks(layer.grads.shape[2]) if bias else 0))
+        slots = _blocks(layer.groups, DEPTHWISE) if layer.depthwise else layer.groups * _tiling(layer)[2]
+    partials = _partials(layer.grads, slots + (_blocks(layer.grads.shape[2], CHANNELS) if bias else 0))
     if weight and layer.depthwise:
         _depthwise(layer, partials, slots)
     elif weight:
@@ -753,7 +754,7 @@ def linear_grads_and_sq_norms(activations: Tensor, grads: Tensor, bias: bool) ->
         bias_grad = grads.sum((0, 1), dtype=compute_dtype(grads)).to(grads.dtype) if bias else grads.new_zeros(0)
         return sq_norms, weight_grad, bias_grad
     tiles = _tiling(layer)[2]
-    partials = _partials(grads, tiles + (_channel_blocks(p) if bias else 0))
+    partials = _partials(grads, tiles + (_blocks(p, CHANNELS) if bias else 0))
     # fewer tiles than multiprocessors: split the samples, and add the parts up in order
     splits = max(1, min(n, multiprocessors(grads.device) // tiles))
     splits = ceil_div(n, ceil_div(n, splits))
@@ -774,7 +775,7 @@ def affine_grad_sq_norms(
 ) -> Tensor:
     if not (weight or bias) or grads.numel() == 0:
         return grads.new_zeros(grads.shape[0], dtype=compute_dtype(grads))
-    partials = _partials(grads, _channel_blocks(grads.shape[2]))
+    partials = _partials(grads, _blocks(grads.shape[2], CHANNELS))
     _channels(values if weight else None, grads, mean, rstd, bias, partials, 0, None)
     return combine(partials)
 
@@ -845,8 +846,8 @@ def shipped() -> Iterator[Compilation]:
                 f"gram-{label}", gram_kernel, pointers, layout | {"BIAS": True} | gram._asdict(), gram_warps, ones=ones
             )
             yield Compilation(
-                f"depthwise-{label}", depthwise_kernel, pointers, {"DIMS": dims, "WIDE": False, "T_LAST": t_last} | CHANNELS[0],
-                CHANNELS[1], ones=ones,
+                f"depthwise-{label}", depthwise_kernel, pointers, {"DIMS": dims, "WIDE": False, "T_LAST": t_last} | DEPTHWISE[0],
+                DEPTHWISE[1], ones=ones,
             )  # fmt: skip
         for positions in (16, 64, 512):
             gram, gram_warps = gram_config(positions, dtype.itemsize, False)
