@@ -200,11 +200,13 @@ FUSED = [
 @pytest.mark.parametrize(("n", "t", "p", "d", "splits"), FUSED)
 def test_fused(generator, launches, monkeypatch, dtype, bias, n, t, p, d, splits):
     monkeypatch.setattr(grad_norms, "fused_pays", lambda *shape: True)
-    monkeypatch.setattr(grad_norms, "multiprocessors", lambda device: splits * 8)
     a, g = normal(generator, n, t, d, dtype=dtype), normal(generator, n, t, p, dtype=dtype)
+    tiles = grad_norms._tiling(grad_norms.linear_layer(a, g))[2]
+    monkeypatch.setattr(grad_norms, "multiprocessors", lambda device: splits * tiles)
     check_fused(a, g, bias)
     assert launches[0][0] == "direct"
     assert launches[0][2]["WRITE"]
+    assert launches[0][1] == (splits * tiles, 1, 1)
     check_fused(a.mT.contiguous().mT, g.expand(n, t, p), bias)
 
 
