@@ -68,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
     tables.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
     tables.add_argument("--quick", action="store_true", help="tiny shapes, on a CPU interpreted: measures nothing")
 
-    commands.add_parser("static", help="compile the kernels for GPUs that are not there; write docs/static_gate.md")
+    gate = commands.add_parser(
+        "static", help="compile the kernels for GPUs that are not there; write docs/static_gate.md"
+    )
+    gate.add_argument("--predictions", action="store_true", help="only the predicted times, which need no compiling")
     commands.add_parser("list", help="the groups and their cases")
     return main
 
@@ -105,6 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "static":
         from benchmarks import static  # needs Triton
 
+        if args.predictions:
+            static.write_predictions()
+            return 0
         faults = static.write()
         print("\n".join(faults))
         return int(bool(faults))

@@ -1,4 +1,4 @@
-"""One PNG a group, from its result document; each names the device, the file and the commit it was drawn from."""
+"""PNGs from a group's result document; each names the device, the file, its command and the commit it was drawn from."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.micro.case import DTYPES
 from benchmarks.micro.growth import PARAMETERS
 
 COLORS = {
@@ -28,29 +29,31 @@ GRAPH_PEERS = ("naive", "compiled", "naive_graph", "compiled_graph")
 Document = Mapping[str, Any]
 
 
-def file_name(group: str, folder: str) -> str:
-    return f"{group}-{folder}.png"
+def file_name(group: str, kind: str, folder: str) -> str:
+    return f"{'-'.join(filter(None, (group, kind)))}-{folder}.png"
 
 
-def draw(groups: Mapping[str, Document], out: Path, folder: str) -> list[Path]:
-    """Draw each group that has a figure; returns the files, in the order of the groups."""
-    found = []
+def draw(groups: Mapping[str, Document], out: Path, folder: str) -> dict[str, list[Path]]:
+    """Draw the figures of each group; returns the files by group."""
+    found: dict[str, list[Path]] = {}
     for name, document in groups.items():
-        if name in DRAWINGS and any(r["status"] == "measured" for r in document["records"]):
-            figure = DRAWINGS[name](document)
+        for kind, drawing in DRAWINGS.get(name, {}).items():
+            figure = drawing(document) if any(_measured(document)) else None
+            if figure is None:
+                continue
             env = document["environment"]
             commit = (env["commit"] or "unknown")[:12] + ("+changes" if env["dirty"] else "")
-            source = f"{env['device']}; {folder}/{name}.json at {commit}, {env['date']}"
+            source = f"{env['device']}; {folder}/{name}.json by `{document['command']}` at {commit}, {env['date']}"
             source += "; a quick run, not a measurement" * document["quick"]
             # the line that names the source, below what is drawn
             margin = FOOTER_INCHES / figure.get_figheight()
             figure.set_layout_engine("constrained", rect=(0, margin, 1, 1 - margin))
             figure.text(0.01, margin / 3, source, fontsize=7, color="#555555")
             out.mkdir(parents=True, exist_ok=True)
-            path = out / file_name(name, folder)
+            path = out / file_name(name, kind, folder)
             figure.savefig(path, dpi=140, metadata={"Software": None})
             plt.close(figure)
-            found.append(path)
+            found.setdefault(name, []).append(path)
     return found
 
 
@@ -98,6 +101,10 @@ def _speedups(document: Document) -> Figure:
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    axes.minorticks_off()
+    ends = [f(r["ratio"][q] for r in rows) for f, q in ((min, "p20"), (max, "p80"))]
+    axes.set_xlim(min(0.85, ends[0] / 1.15), 1.15 * ends[1])
     axes.set_xlabel("speed-up of ours (time of the other over ours, median of rounds)")
     axes.set_title(document["title"])
     axes.legend(fontsize=8)
@@ -108,42 +115,138 @@ def _bandwidth(document: Document) -> Figure:
     """Bytes that must move over the time, over the number of classes, one panel a dtype."""
     dtypes = list(dict.fromkeys(r["params"]["dtype"] for r in _measured(document)))
     figure, panels = plt.subplots(
-        1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(dtypes), figsize=(5 * len(dtypes) + 1.5, 4), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, dtype in zip(panels[0], dtypes, strict=True):
         for name, rows in _series(document, dtype=dtype).items():
             if name != "copy":
-                _line(axes, name, [r["params"]["classes"] for r in rows], rows, lambda us, r: r["bytes"] / us / 1e3)
+                moved = _logits_bytes if name == "read" else (lambda r: r["bytes"])
+                _line(
+                    axes, name, [r["params"]["classes"] for r in rows], rows, lambda us, r, of=moved: of(r) / us / 1e3
+                )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("classes")
         axes.set_title(dtype)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("GB/s of the fewest bytes")
-    panels[0][0].legend(fontsize=8)
+    panels[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(document["title"])
     return figure
 
 
+# Operations a logit that the statistics cannot do without (compare, subtract, exponential, multiply, add, each one).
+OPERATIONS = {
+    "loss": 4,  # maximum; z - m; exponential; sum
+    "loss and gradient norm": 6,  # and the sum of squares
+    "every statistic": 15,  # and sum e x, the runner-up, rank and NaN
+}
+ASKED = {"all_stats": "every statistic", "liger": "loss", "quack": "loss", "flash_attn": "loss"}
+
+
+def _roofline(document: Document) -> Figure | None:
+    """Operations a second over operations a byte, below the roof of the fastest read of the same run."""
+    rows = [r for r in _measured(document) if r["cache"] == "cold"]
+    rates = {name: max((_rate(r) for r in rows if r["contender"] == name), default=None) for name in ("read", "copy")}
+    if rates["read"] is None:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    names = [name for name in dict.fromkeys(r["contender"] for r in rows) if name not in rates]
+    intensities = []
+    for i, name in enumerate(names):
+        operations = OPERATIONS[ASKED.get(name, "loss and gradient norm")]
+        own = [r for r in rows if r["contender"] == name]
+        count = [operations * r["params"]["n"] * r["params"]["classes"] for r in own]
+        intensity = [c / r["bytes"] for c, r in zip(count, own, strict=True)]
+        intensities += intensity
+        # a few percent aside, so that contenders of one function do not hide each other
+        xs = [x * 1.04 ** (i - len(names) / 2) for x in intensity]
+        ys = [c / r["us"]["p50"] / 1e3 for c, r in zip(count, own, strict=True)]
+        label = f"{name.replace('_', ' ')} ({operations} a logit)"
+        axes.scatter(xs, ys, s=18, label=label, color=COLORS.get(name), alpha=0.8, zorder=3)
+    ends = [min(intensities) * 0.7, max(intensities) * 1.5]
+    for name, style in (("read", "-"), ("copy", "--")):
+        if rates[name] is not None:
+            label = f"roof: {name}, {rates[name]:,.1f} GB/s"
+            axes.plot(ends, [rates[name] * x for x in ends], style, color="black", linewidth=1, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("operations that the function needs, a byte that it must move")
+    axes.set_ylabel("10^9 of those operations a second")
+    axes.set_title("a point a shape and type; the roof of arithmetic was not measured", fontsize=9)
+    figure.suptitle(f"{document['title']}: roofline")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _rate(record: Mapping[str, Any]) -> float:
+    """GB/s of a read or a copy of the case's logits."""
+    return _logits_bytes(record) * (2 if record["contender"] == "copy" else 1) / record["us"]["p50"] / 1e3
+
+
+def _logits_bytes(record: Mapping[str, Any]) -> int:
+    params = record["params"]
+    return params["n"] * params["classes"] * DTYPES[params["dtype"]].itemsize
+
+
 def _topk(document: Document) -> Figure:
-    """Time over N, one panel a share k/N."""
-    shares = sorted({r["params"]["share"] for r in _measured(document)})
-    figure, panels = plt.subplots(
-        1, len(shares), figsize=(max(9, 5 * len(shares)), 4), sharey=True, squeeze=False, layout="constrained"
+    """Time over N at one share k/N, and over that share where several were measured at one N."""
+    rows = [r for r in _measured(document) if not r["params"]["ties"]]
+    shares_at: dict[int, set[float]] = defaultdict(set)
+    for row in rows:
+        shares_at[row["params"]["n"]].add(row["params"]["share"])
+    share = max(sorted({r["params"]["share"] for r in rows}), key=[r["params"]["share"] for r in rows].count)
+    panels = [("share", share, "n", "scores N", f"k = {share:g} N")]
+    panels += [("n", n, "share", "k / N", f"N = {n:,}") for n, found in sorted(shares_at.items()) if len(found) > 1]
+    figure, every = plt.subplots(
+        1, len(panels), figsize=(max(9, 4 * len(panels)), 4), sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, share in zip(panels[0], shares, strict=True):
-        wanted = _series(document, share=share, ties=False)
-        for name, rows in wanted.items():
+    for axes, (fixed, value, over, label, title) in zip(every[0], panels, strict=True):
+        for name, found in _series(document, ties=False, **{fixed: value}).items():
             if name != "copy":
-                _line(axes, name, [r["params"]["n"] for r in rows], rows, lambda us, r: us)
+                _line(axes, name, [r["params"][over] for r in found], found, lambda us, r: us)
+        axes.set_xscale("log" if over == "n" else "linear")
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    every[0][0].set_ylabel("microseconds")
+    every[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(document["title"])
+    return figure
+
+
+def _speedup_over(document: Document) -> Figure | None:
+    """How many times longer the naive step takes, over N and over C."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for axes, (sweep, fixed) in zip(panels, (("N", "C"), ("C", "N")), strict=True):
+        for name, rows in _series(document, sweep=sweep).items():
+            rows = [r for r in rows if r["ratio"] is not None]
+            if name == "ours" or not rows:
+                continue
+            rows.sort(key=lambda r: r["params"][PARAMETERS[sweep]])
+            xs = [r["params"][PARAMETERS[sweep]] for r in rows]
+            at = {q: [r["ratio"][q] for r in rows] for q in ("p20", "p50", "p80")}
+            color = COLORS.get(name)
+            drawn = axes.plot(xs, at["p50"], marker="o", markersize=3, label=name.replace("_", " "), color=color)
+            axes.fill_between(xs, at["p20"], at["p80"], alpha=0.2, color=drawn[0].get_color(), linewidth=0)
+            axes.set_title(f"{fixed} = {rows[0]['params'][PARAMETERS[fixed]]:,}", fontsize=10)
+        axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("scores N")
-        axes.set_title(f"k = {share:g} N")
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("microseconds")
-    panels[0][0].legend(fontsize=8)
-    figure.suptitle(document["title"])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.set_xlabel(sweep)
+        axes.grid(alpha=0.3, which="both")
+    if not panels[0].lines[1:]:
+        plt.close(figure)
+        return None
+    panels[0].set_ylabel("time of the other over ours")
+    panels[0].legend(fontsize=8)
+    figure.suptitle("Selection step: speed-up of ours")
     return figure
 
 
@@ -170,9 +273,10 @@ def _growth(document: Document) -> Figure:
     return figure
 
 
-DRAWINGS: dict[str, Callable[[Document], Figure]] = {
-    "fused_select": _speedups,
-    "per_sample_stats": _bandwidth,
-    "select_topk": _topk,
-    "growth": _growth,
+# group -> kind of figure -> drawing; None where there is too little to draw
+DRAWINGS: dict[str, dict[str, Callable[[Document], Figure | None]]] = {
+    "fused_select": {"": _speedups},
+    "per_sample_stats": {"": _bandwidth, "roofline": _roofline},
+    "select_topk": {"": _topk},
+    "growth": {"": _growth, "speedup": _speedup_over},
 }

@@ -41,7 +41,14 @@ SOURCES = {
     "cuda": ("adaselect_kernels/kernels/**/*", "csrc/cuda/**/*"),
 }
 SOURCE_SUFFIXES = {".py", ".h", ".cuh", ".inc", ".cpp", ".cu"}
-FAMILIES = ("row_stats", "select", "batch_stage")  # what the names of a kernel family's files begin with
+# What the names of a kernel family's files begin with; the first three make the selection.
+FAMILIES = {
+    "row_stats": ("row_stats",),
+    "select": ("select",),
+    "batch_stage": ("batch_stage",),
+    "grad_norms": ("grad_norms", "layer_sq_norms", "embedding_norms"),
+}
+SELECTION = tuple(FAMILIES)[:3]
 
 
 def _git(*arguments: str) -> str | None:
@@ -134,7 +141,7 @@ def device_slug(device: torch.device) -> str:
 
 def kernel_hashes(device_type: str, families: Sequence[str], root: Path = ROOT) -> dict[str, str]:
     """{path: hash} of the kernel sources of a device, without the families that a group does not use."""
-    unused = tuple(family for family in FAMILIES if family not in families)
+    unused = tuple(name for family, names in FAMILIES.items() if family not in families for name in names)
     matched = {path for pattern in SOURCES[device_type] for path in root.glob(pattern)}
     files = sorted(path for path in matched if path.suffix in SOURCE_SUFFIXES and not path.name.startswith(unused))
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}

@@ -27,10 +27,16 @@ the last cache rotate over twice the bytes it holds ("cold"), the others stay in
 
 - *naive* is `benchmarks/naive.py`: the selection as a careful user writes it in eager PyTorch.
 - *compiled_as_is* is `torch.compile` of it, static shapes, warm; *compiled* is the same in the form the compiler fuses
-  best, a stronger peer; a run in which either traces again is thrown away. *_graph* is the same in a CUDA graph.
+  best, a stronger peer; a run in which either traces again is thrown away. *_graph* is the same in a CUDA graph, which
+  mode="reduce-overhead" makes of the compiled one.
 - *row_pass* is `per_sample_stats` alone: what of ours is reading the logits. *all_stats* is every statistic at once.
 - *read* sums the bytes of the logits once, *copy* copies them. The floor is the read time on a CPU, and on a GPU the
   fewest bytes the function must move at the copy rate of the same case.
+- A roofline counts the operations that no implementation can leave out, 4 a logit for the loss, 6 with the gradient norm,
+  15 for every statistic (compare, subtract, exponential, multiply, add: each one), and the fewest bytes.
+
+What the compiled kernels cost on GPUs that were not at hand, and the times that bytes and launches predict:
+[static_gate.md](static_gate.md).
 """
 
 
@@ -55,7 +61,7 @@ def write(results: Path, docs: Path, readme: Path) -> list[str]:
             sections.append(f"Not measured: there are no results of a {title}. They are made by `{COMMANDS[kind]}`.\n")
         for name, groups in folders.items():
             drawn = figures.draw(groups, docs / "figures", name)
-            said += [f"figure {path.name}" for path in drawn]
+            said += [f"figure {path.name}" for paths in drawn.values() for path in paths]
             sections += _device_sections(name, groups, drawn)
         if not folders:
             sections.append(_targets_table(kind, {}))
@@ -100,7 +106,9 @@ def _environment(document: Mapping[str, Any]) -> str:
     return ", ".join(facts) + "."
 
 
-def _device_sections(folder: str, groups: Mapping[str, Mapping[str, Any]], drawn: Sequence[Path]) -> list[str]:
+def _device_sections(
+    folder: str, groups: Mapping[str, Mapping[str, Any]], drawn: Mapping[str, Sequence[Path]]
+) -> list[str]:
     first = next(iter(groups.values()))
     kind = first["environment"]["device_type"]
     found = [f"### {first['environment']['device']}\n", _environment(first) + "\n"]
@@ -108,9 +116,7 @@ def _device_sections(folder: str, groups: Mapping[str, Mapping[str, Any]], drawn
     for name, document in groups.items():
         found += [f"#### {document['title']}\n", f"{_source(folder, document)}\n"]
         found.append(_growth_table(document) if document["fits"] else _times_table(document))
-        wanted = figures.file_name(name, folder)
-        if any(path.name == wanted for path in drawn):
-            found.append(f"![{document['title']}](figures/{wanted})\n")
+        found += [f"![{document['title']}](figures/{path.name})\n" for path in drawn.get(name, [])]
     return found
 
 
@@ -136,7 +142,8 @@ def _times_table(document: Mapping[str, Any]) -> str:
             time = f"{number(us['p50'])} [{number(us['p20'])}, {number(us['p80'])}]"
             floor = "" if r["over_floor"] is None else f"{r['over_floor']:.2f}"
             ratio = "" if r["ratio"] is None or r["contender"] == OURS else f"{r['ratio']['p50']:.2f}"
-            rate = f"{r['bytes'] / us['p50'] / 1e3:.1f}"
+            # a floor does not move the bytes of the function
+            rate = "" if r["role"] == "floor" else f"{r['bytes'] / us['p50'] / 1e3:.1f}"
             rows.append([r["case"], r["contender"], time, floor, ratio, rate, r["cache"]])
         else:
             notes.append(f"- {r['case']}, {r['contender']}: {r['status']}, {r['reason']}")
