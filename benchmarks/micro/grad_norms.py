@@ -18,7 +18,7 @@ from benchmarks.micro.case import Case, Contender, Group, Unavailable
 from benchmarks.timing import Prepared
 
 CHECKED = 3  # samples of the gate's batch
-PEER_ERROR, HALF_ERROR = 1e-4, 1e-2  # relative, of a peer; of anything under bfloat16
+PEER_ERROR, HALF_ERROR = 1e-3, 1e-2  # relative, of a peer; of anything under bfloat16
 OURS_ERROR = 1e-6  # beyond twice what one float32 backward a sample errs
 
 
