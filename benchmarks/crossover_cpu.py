@@ -2,8 +2,10 @@
 
 Times the direct form, the Gram form, weight gradient and norms together ("fused") and PyTorch's weight gradient of the
 batch alone, in turns, over layers of T positions, d inputs and p features, and over the convolutions of a ResNet-18 for
-32 x 32 images. The table says which form "auto" takes and what that costs over the better one; the constants of the cost
-model (csrc/cpu/grad_norms_layers.cpp) are set so that the last column stays small. Written to
+32 x 32 images. One thread: samples are shared out, so the forms cross at the same place for any number of threads, and
+the time of a thread is what other work on the machine disturbs least. The table says which form "auto" takes and what
+that costs over the better one (T = 1 has one form, timed twice); the constants of the cost model in
+csrc/cpu/grad_norms_layers.cpp are set so that the last column stays at 1. Written to
 results/<device>/grad_norm_crossover.json in the format of records.py.
 """
 
@@ -63,18 +65,28 @@ def convolution(
     return calls, kernels.conv_grad_form(x, g, *options)
 
 
+def interleave(calls: dict[str, Callable[[], Any]], budget_s: float) -> dict[str, list[float]]:
+    """Seconds of the thread a call, in the order of the rounds."""
+    for call in calls.values():
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    done = 0
+    while done < timing.MIN_ROUNDS or (done < timing.MAX_ROUNDS and sum(map(sum, taken.values())) < budget_s):
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            taken[name].append(time.thread_time() - start)
+        done += 1
+    return taken
+
+
 def measure(
     case: str, params: dict[str, Any], calls: dict[str, Callable[[], Any]], auto: str, budget_s: float
 ) -> list[dict[str, Any]]:
     """One record a contender; its ratio is over the form that "auto" takes, within each round."""
-    device = torch.device("cpu")
-    taken = timing.interleave(
-        {name: timing.Prepared([call]) for name, call in calls.items()}, device, budget_s=budget_s
-    )
+    taken = interleave(calls, budget_s)
     found = []
     for name, samples in taken.items():
-        if samples.error is not None:
-            raise RuntimeError(f"{case}, {name}: {samples.error}")
         found.append(
             {
                 "case": case,
@@ -83,14 +95,11 @@ def measure(
                 "role": "peer" if name == "weight gradient" else "ours",
                 "status": "measured",
                 "reason": None,
-                "us": {key: round(us * 1e6, 3) for key, us in timing.spread(samples.seconds).items()},
-                "samples_us": [round(s * 1e6, 3) for s in samples.seconds],
-                "inner": samples.inner,
+                "us": {key: round(us * 1e6, 3) for key, us in timing.spread(samples).items()},
+                "samples_us": [round(s * 1e6, 3) for s in samples],
+                "inner": 1,
                 "cache": "warm",
-                "ratio": {
-                    key: round(ratio, 4)
-                    for key, ratio in timing.paired_ratio(samples.seconds, taken[auto].seconds).items()
-                },
+                "ratio": {key: round(ratio, 4) for key, ratio in timing.paired_ratio(samples, taken[auto]).items()},
             }
         )
     return found
@@ -110,6 +119,7 @@ def main() -> None:
     kernels = records.dispatch.EXTENSION
     if kernels is None:
         sys.exit(records.dispatch.EXTENSION_ERROR)
+    torch.set_num_threads(1)
     device, began, everything = torch.device("cpu"), time.monotonic(), []
     environment, hashes = records.environment(device), records.kernel_hashes("cpu", ())
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")

@@ -552,31 +552,43 @@ struct Chunk {
         input(scratch.take<T>(panels.count() * input_pitch * sizeof(T))) {}
 
   void pack(int64_t first, int64_t count) {
+    at::parallel_for(0, row_groups + panels.count(), sample_grain(count * layer.out[2] * matrix_kernels<T>().rows),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t item = begin; item < end; ++item) {
+                         if (item < row_groups) {
+                           pack_rows(item, first, count);
+                         } else {
+                           pack_panel(item - row_groups, first, count);
+                         }
+                       }
+                     });
+  }
+
+ private:
+  void pack_rows(int64_t group, int64_t first, int64_t count) {
+    const int64_t rows = matrix_kernels<T>().rows, row = group * rows;
+    pack_samples(layer.grads, layer.grads_sample, layer.grads_position, layer.grads_channel, row,
+                 std::min(rows, layer.features - row), rows, first, count, grads + group * grads_pitch);
+  }
+  void pack_panel(int64_t j, int64_t first, int64_t count) {
+    const int64_t width = panels.width(j), column = panels.first(j);
+    const int64_t used = std::min(panels.used(j), layer.channels - column);
+    T* panel = input + j * input_pitch;
+    pack_samples(layer.input, layer.input_sample, layer.input_space[2], layer.input_channel, column, used, width, first,
+                 count, panel);
+    if (used == panels.used(j)) return;
+    for (int64_t t = 0; t < count * layer.out[2]; ++t) panel[t * width + used] = T(1);
+  }
+  // Evenly spaced samples are one longer sample. Packing may write past its end, so samples are packed in order.
+  void pack_samples(const char* from, int64_t stride_sample, int64_t stride_position, int64_t stride_column,
+                    int64_t column, int64_t used, int64_t width, int64_t first, int64_t count, T* to) {
     const PackFn pack = kernels().pack[static_cast<int>(layer.dtype)];
-    const int64_t bytes = element_bytes(layer.dtype), positions = layer.out[2], rows = matrix_kernels<T>().rows;
-    // Packing may write past its end: a thread packs the samples of a panel in order.
-    at::parallel_for(
-        0, row_groups + panels.count(), sample_grain(count * positions * rows), [&](int64_t begin, int64_t end) {
-          for (int64_t item = begin; item < end; ++item) {
-            const int64_t j = item - row_groups;
-            for (int64_t i = 0; i < count; ++i) {
-              if (j < 0) {
-                const char* from =
-                    layer.grads + ((first + i) * layer.grads_sample + item * rows * layer.grads_channel) * bytes;
-                pack(from, layer.grads_position, layer.grads_channel, positions,
-                     std::min(rows, layer.features - item * rows), rows, rows,
-                     grads + item * grads_pitch + i * positions * rows);
-                continue;
-              }
-              const int64_t width = panels.width(j), left = panels.first(j);
-              const int64_t used = std::min(panels.used(j), layer.channels - left);
-              T* panel = input + j * input_pitch + i * positions * width;
-              pack(layer.input + ((first + i) * layer.input_sample + left * layer.input_channel) * bytes,
-                   layer.input_space[2], layer.input_channel, positions, used, width, width, panel);
-              for (int64_t t = 0; used < panels.used(j) && t < positions; ++t) panel[t * width + used] = 1;
-            }
-          }
-        });
+    const bool even = stride_sample == layer.out[2] * stride_position;
+    const int64_t pieces = even ? 1 : count, steps = layer.out[2] * (count / pieces);
+    for (int64_t i = 0; i < pieces; ++i) {
+      pack(from + ((first + i) * stride_sample + column * stride_column) * element_bytes(layer.dtype), stride_position,
+           stride_column, steps, used, width, width, to + i * steps * width);
+    }
   }
 };
 
