@@ -235,6 +235,8 @@ def streamed_positions(ttir: str, argument: str) -> set[Position]:
     places = _places(ttir)
     derived, sizes = {f"%{argument}"}, {}
     for line in ttir.splitlines():
+        if "iter_args(" in line:  # a pointer that moves on from round to round
+            derived.update(inner for inner, first in re.findall(r"(%[\w.]+) = (%[\w.]+)", line) if first in derived)
         match = re.match(r"\s*(%[\w.]+)\S* = (\S+) (.*?) loc\((#\w+)\)", line)
         if not match:
             continue

@@ -23,7 +23,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def device_slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def kernel_hashes(device_type: str, families: Sequence[str], root: Path = ROOT) -> dict[str, str]:
+def kernel_hashes(device_type: str, families: Collection[str], root: Path = ROOT) -> dict[str, str]:
     """{path: hash} of the kernel sources of a device, without the families that a group does not use."""
     unused = tuple(name for family, names in FAMILIES.items() if family not in families for name in names)
     matched = {path for pattern in SOURCES[device_type] for path in root.glob(pattern)}

@@ -45,8 +45,8 @@ Both constants are assumptions, not measurements: {COPY_RATE / 1e12:g} TB/s is w
 what a launch takes inside a CUDA graph. A tensor counts once for each launch that has it, as if none of it were in the L2
 cache and all of it were touched. The model does not know arithmetic, the latency of the steps inside one program (most of
 a single launch on a small batch), or what PyTorch launches itself: the zeros of a graph's arrival counters, the sort of
-order="score". It tells what cannot be met, not what will be. A ratio to a peer, or the cost of a call in Python, is not
-predicted.
+order="score". It says where to look first, not what a GPU will show. A ratio to a peer, or the cost of a call in Python,
+is not predicted.
 """
 
 COMPILED = """## Compiled code

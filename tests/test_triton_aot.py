@@ -1,10 +1,9 @@
 """Shipped kernel configurations compiled ahead of time: each builds for its targets, does not spill, and loads wide.
 
-No GPU is needed. Every float32 and bfloat16 configuration is compiled for Hopper; the other targets, float16 (bfloat16's code
-but for the conversion) and float64 get the heaviest of each kernel and input types. `python -m benchmarks static` compiles
-every configuration for every target, with the same checks; ADASELECT_AOT=all does here.
+No GPU is needed. ADASELECT_AOT=all compiles every configuration for every target, in three times the time.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -13,37 +12,15 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+import torch
 import triton
 import triton.language as tl
 
+from adaselect_kernels import select_topk
 from adaselect_kernels.kernels.runtime import Compilation
-from benchmarks import aot
-
-MAIN_TARGET = "sm_90"
-MAIN_TYPES, OTHER_TYPES = {"fp32", "bf16"}, {"fp16", "fp64"}
-HEAVY = {"all", "every"}  # statistics or methods
-
-
-def input_type(entry: Compilation) -> str:
-    return next(iter({*MAIN_TYPES, *OTHER_TYPES}.intersection(entry.name.split("-"))), "fp32")
-
-
-def heaviest(family: str, target: str, types: set[str]) -> set[str]:
-    """The last configuration of every kernel, of its kind of layer and of each input type, with everything asked of it."""
-    last: dict[tuple, Compilation] = {}
-    for entry in sorted(aot.shipped(family, target), key=lambda entry: bool(HEAVY & set(entry.name.split("-")))):
-        last[entry.kernel.fn.__name__, entry.name.split("-")[0], "conv" in entry.name, input_type(entry)] = entry
-    return {entry.name for entry in last.values() if input_type(entry) in types}
-
-
-def jobs(family: str) -> list[aot.Job]:
-    every = [(family, target, entry.name) for target in aot.TARGETS for entry in aot.shipped(family, target)]
-    if os.environ.get("ADASELECT_AOT") == "all":
-        return every
-    chosen = {target: heaviest(family, target, MAIN_TYPES) for target in aot.TARGETS}
-    chosen[MAIN_TARGET] = heaviest(family, MAIN_TARGET, OTHER_TYPES)
-    chosen[MAIN_TARGET] |= {e.name for e in aot.shipped(family, MAIN_TARGET) if input_type(e) in MAIN_TYPES}
-    return [job for job in every if job[2] in chosen[job[1]]]
+from benchmarks import aot, static
+from benchmarks.launches import record, stand_in
+from benchmarks.records import ROOT
 
 
 @pytest.mark.timeout(1200)
@@ -52,7 +29,7 @@ def test_every_shipped_configuration_compiles(family, tmp_path):
     for target in aot.TARGETS:
         names = [entry.name for entry in aot.shipped(family, target)]
         assert len(set(names)) == len(names)
-    wanted = jobs(family)
+    wanted = aot.every_job(family) if os.environ.get("ADASELECT_AOT") == "all" else aot.cover(family)
     reports = aot.compile_jobs(wanted, str(tmp_path))
     wrong = [fault for job, report in zip(wanted, reports, strict=True) for fault in aot.faults(aot.find(job), report)]
     assert not wrong, "\n".join(wrong)
@@ -79,6 +56,16 @@ def half_narrow_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
+@triton.jit
+def moving_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """The sum again, with a pointer that moves."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        total += tl.load(x_ptr + tl.arange(0, BLOCK), mask=start + tl.arange(0, BLOCK) < n, other=0.0)
+        x_ptr += BLOCK
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
 def planted(kernel, block: int, *, multiples: tuple[str, ...] = ("n",), num_warps: int = 4) -> Compilation:
     pointers = {"x_ptr": "fp32", "out_ptr": "fp32"}
     return Compilation("planted", kernel, pointers, {"BLOCK": block}, num_warps, multiples=multiples, load_bits=128)
@@ -86,9 +73,10 @@ def planted(kernel, block: int, *, multiples: tuple[str, ...] = ("n",), num_warp
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_lost_wide_load_is_seen(target):
-    right = aot.compile_for(planted(wide_kernel, 2048), target)
-    assert set(right.loads) == {128}
-    assert aot.faults(planted(wide_kernel, 2048), right) == []
+    for kernel in (wide_kernel, moving_kernel):
+        right = aot.compile_for(planted(kernel, 2048), target)
+        assert set(right.loads) == {128}
+        assert aot.faults(planted(kernel, 2048), right) == []
     # the same kernel when nothing is known of n; and one that keeps half of its loads wide
     for entry in (planted(wide_kernel, 2048, multiples=()), planted(half_narrow_kernel, 2048)):
         report = aot.compile_for(entry, target)
@@ -125,3 +113,72 @@ def test_waves_of_64_have_their_own_configurations():
 
     assert first("gfx942")["BLOCK_N"] == 2 * first("sm_90")["BLOCK_N"]
     assert aot.row_stats.WARP_SIZE == 32
+
+
+class TestPage:
+    """docs/static_gate.md, in all that does not depend on the versions of the compilers."""
+
+    @pytest.fixture
+    def page(self) -> str:
+        return static.PAGE.read_text()
+
+    def test_predictions_are_those_of_today(self, page):
+        assert static.predictions() in page, "run `python -m benchmarks static`"
+
+    def test_predictions_are_written_anew_beside_the_compiled_code(self, page, tmp_path):
+        stale = tmp_path / "page.md"
+        stale.write_text(page.replace(" us |", " ms |", 1))
+        static.write_predictions(stale)
+        assert stale.read_text() == page
+
+    def test_configurations_are_those_that_ship(self, page):
+        rows = [line.split(" | ") for line in page.split(static.COMPILED)[1].splitlines() if line.startswith("| ")]
+        found = [(row[0].removeprefix("| "), *row[1:3]) for row in rows if row[0] != "| configuration"]
+        expected = []
+        for family in aot.FAMILIES:
+            entries = {name: aot.find((family, target, name)) for _, target, name in aot.cover(family)}
+            expected += [(name, str(entry.num_warps), str(entry.load_bits or "")) for name, entry in entries.items()]
+        assert sorted(found) == sorted(expected), "run `python -m benchmarks static`"
+
+
+class TestModel:
+    def test_a_tensor_counts_once_a_launch(self):
+        scores = torch.empty(1 << 20)
+        launches = record(lambda: select_topk(scores, 1 << 10, order="index", impl="triton"))
+        assert static.bytes_given(launches[0]) >= 4 << 20
+        arguments = (scores, scores, scores[1:], 7, torch.empty(5, dtype=torch.int64))
+        assert static.bytes_given(launches[0]._replace(arguments=arguments)) == 2 * (4 << 20) - 4 + 40
+
+    def test_the_time_is_launches_and_bytes(self):
+        scores = torch.empty(1 << 20)
+        (launch, *_) = record(lambda: select_topk(scores, 5, order="index", impl="triton"))
+        of_a_megabyte = launch._replace(arguments=(torch.empty(1_000_000, dtype=torch.uint8),))
+        assert static.predicted_us([of_a_megabyte] * 3) == pytest.approx(3 * (2.0 + 1 / 4.3))
+
+    @pytest.mark.parametrize(
+        ("registers", "shared", "num_warps", "expected"),
+        [
+            (32, 0, 4, (2048, "threads")),
+            (33, 0, 4, (1536, "registers")),  # rounded up to 40: 12 warps a scheduler
+            (255, 0, 8, (256, "registers")),
+            (168, 0, 4, (384, "registers")),
+            (32, 64 * 1024, 4, (384, "shared")),  # 65 KB with what a program takes beside its own
+            (16, 0, 1, (1024, "threads")),  # 32 programs of a warp each
+        ],
+    )
+    def test_resident_threads(self, registers, shared, num_warps, expected):
+        report = aot.Report("", "sm_90", registers, 0, shared, (), False)
+        assert static.resident(report, num_warps) == expected
+
+
+def test_the_sanitizers_see_every_kernel():
+    """tests/gpu/sanitizer_target.py launches each kernel that ships, though not each configuration."""
+    specification = importlib.util.spec_from_file_location("sanitizer_target", ROOT / "tests/gpu/sanitizer_target.py")
+    target = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(target)
+    with stand_in(log := []):
+        for call in target.paths(torch.device("cpu")).values():
+            call()
+    launched = {launch.kernel for launch in log}
+    shipped = {entry.kernel.fn.__name__ for family in aot.FAMILIES for entry in aot.shipped(family, aot.MAIN_TARGET)}
+    assert shipped - launched == set()
