@@ -152,9 +152,10 @@ void add_affine_sq_norms(const std::optional<at::Tensor>& given_values, const at
     return static_cast<const char*>(tensor.const_data_ptr()) + i * tensor.stride(0) * tensor.element_size();
   };
   at::parallel_for(0, grads.size(0), sample_grain(args.rows * args.columns), [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * args.columns * 8);
+    const int64_t bytes = 2 * (args.columns + kPackSlack) * 8;  // lanes of the last vector included
+    Scratch scratch(bytes);
     AffineArgs mine = args;
-    mine.sums = scratch.take<double>(2 * args.columns * 8);
+    mine.sums = scratch.take<double>(bytes);
     for (int64_t i = begin; i < end; ++i) {
       mine.grads = sample(grads, i);
       if (given_values) mine.values = sample(values, i);

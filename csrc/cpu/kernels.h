@@ -157,7 +157,7 @@ struct AffineArgs {
   bool sum_rows, bias;
   int64_t rows, columns;
   int64_t values_row, grads_row, mean_row, mean_column, rstd_row, rstd_column;  // strides
-  double* sums;                                                                 // [2 columns], only for sum_rows
+  double* sums;  // [2 (columns + kPackSlack)], only for sum_rows
 };
 using AffineFn = double (*)(const AffineArgs& args);
 
