@@ -206,7 +206,9 @@ def compiled(reports: Mapping[aot.Job, aot.Report]) -> str:
         for (of_family, target, name), report in reports.items():
             if of_family == family:
                 found.setdefault(name, {})[target] = report
-        rows = [_row(aot.find((family, next(iter(each)), name)), each) for name, each in found.items()]
+        # in the order of the launchers' tables, which is that of the main target
+        entries = [entry for entry in aot.shipped(family, aot.MAIN_TARGET) if entry.name in found]
+        rows = [_row(entry, found[entry.name]) for entry in entries]
         parts.append(f"### {family}\n\n{table(COMPILED_HEAD, rows)}")
     return "\n".join(parts)
 
