@@ -563,7 +563,8 @@ class TestGpuCommand:
         gpu.run(list(stale), 100, tmp_path, dry_run=True)
         assert measured == ["per_sample_stats", "select_topk"]
         measured.clear()
-        monkeypatch.setattr(gpu, "GRACE_S", 0.0)
+        monkeypatch.setattr(gpu, "OVERRUN", 0.1)  # one of them hangs
+        monkeypatch.setattr(gpu, "GRACE_S", 1.0)
         gpu.run(list(stale), 20, tmp_path, force=True, dry_run=True)
         assert measured == ["per_sample_stats", "select_topk", "fused_select", "growth"]
 
