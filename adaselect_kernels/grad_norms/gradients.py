@@ -1,5 +1,6 @@
 """From the calls that a parameter took part in, and the gradients at their outputs, to its squared per-sample norms."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ class Use:
 class Entry:
     """A use whose gradient has arrived, as part of one parameter's gradient; or that part itself, `explicit` [N, ...].
 
-    plain: the call has a rule and saw the parameter itself, or a mere view of it that the rule does not tell from it.
+    plain: the call has a rule and saw the parameter itself, or elements of it, each at most once, in a shape that does not
+    matter to the rule: the norm is then that of the parameter's gradient, as far as this call goes.
     """
 
     def __init__(
@@ -98,6 +100,9 @@ def sq_norms_of(leaf: Leaf, rows: Rows) -> Tensor:
         found = by_rule(entries[0], rows, role == "weight", role == "bias")
     elif len(entries) > 1 and all(entry.plain and entry.tensor is leaf.parameter for entry in entries):
         found = _joined(entries, rows)
+    elif len(entries) > 1 and all(entry.plain for entry in entries) and _disjoint(leaf, entries):
+        parts = [by_rule(entry, rows, entry.role == "weight", entry.role == "bias") for entry in entries]
+        found = torch.stack([part for part in parts if part is not None]).sum(0) if None not in parts else None
     if found is None:
         dtype = torch.float64 if leaf.parameter.dtype == torch.float64 else torch.float32
         parts = [sample_gradient(leaf, entries, rows, i).to(dtype).square().sum() for i in range(rows.samples)]
@@ -110,6 +115,15 @@ def by_rule(entry: Entry, rows: Rows, weight: bool, bias: bool) -> Tensor | None
     assert use is not None
     assert use.call is not None
     return use.call.sq_norms(rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0], weight, bias)
+
+
+def _disjoint(leaf: Leaf, entries: Sequence[Entry]) -> bool:
+    """Whether the calls saw parts of the parameter that have no element in common, each one piece of its memory."""
+    parts = [entry.tensor for entry in entries if entry.tensor is not None]
+    if any(part._base is not leaf.parameter or not part.is_contiguous() for part in parts):
+        return False
+    spans = sorted((part.storage_offset(), part.storage_offset() + part.numel()) for part in parts)
+    return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
 
 def _joined(entries: Sequence[Entry], rows: Rows) -> Tensor | None:

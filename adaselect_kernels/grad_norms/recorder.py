@@ -107,9 +107,10 @@ def _seen_through(tensor: Tensor, base: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 _TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-_ISOMETRIES = {
+# Their results are elements of the parameter, each at most once: the gradient has the same norm there.
+_SELECTIONS = {
     *("t", "T", "mT", "transpose", "permute", "movedim", "swapaxes", "view", "reshape", "flatten", "unflatten"),
-    *("squeeze", "unsqueeze", "contiguous", "view_as", "reshape_as"),
+    *("squeeze", "unsqueeze", "contiguous", "view_as", "reshape_as", "narrow", "select", "split", "chunk", "unbind"),
 }
 
 
@@ -174,7 +175,7 @@ class Recorder(TorchFunctionMode):
 
     def reset(self) -> None:
         self._samples = TensorMap()  # tensor -> Layout or None
-        self._shared = TensorMap()  # tensor -> (ids of its leaves, the leaf it is a mere view of or None)
+        self._shared = TensorMap()  # tensor -> (ids of its leaves, the leaf it is a selection of or None)
         self._sample_nodes: dict[Any, Layout | None] = {}
         self._accounted: set[Any] = set()
         self._shared_nodes: dict[Any, frozenset[int]] = {}
@@ -363,17 +364,30 @@ class Recorder(TorchFunctionMode):
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         self._account(outputs, above)
         sources = frozenset().union(*(self._shared[tensor][0] for tensor in shared))
-        of = self._shared[shared[0]][1] if name in _ISOMETRIES and len(shared) == 1 else None
+        of = self._shared[shared[0]][1] if len(shared) == 1 and self._selects(name, args, kwargs) else None
         for tensor in outputs:
             if tensor in self._shared:
                 continue
-            whole = of is not None and tensor.numel() == of.parameter.numel()
-            self._shared[tensor] = (sources, of if whole else None)
+            self._shared[tensor] = (sources, of)
             self._shared_nodes[tensor.grad_fn] = sources
             if any(self.leaves[source].wanted for source in sources) and self.weight_gradients != "none":
                 # entries keep the tensor while they need it; a strong reference here would be a cycle
                 tensor.register_hook(functools.partial(self._leaving, weakref.ref(tensor)))
         return out
+
+    def _selects(self, name: str, args, kwargs) -> bool:
+        if name == "__getitem__":
+            items = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+        if name == "embedding" and len(args) > 1:  # of constants, as a table of positions is used
+            given = (
+                dict(zip(("input", "weight", "padding_idx", "max_norm", "norm_type", "scale"), args, strict=False))
+                | kwargs
+            )
+            plain = given.get("padding_idx") is None and not given.get("scale") and not given.get("scale_grad_by_freq")
+            with torch._C.DisableTorchFunction():
+                return plain and given["input"].unique().numel() == given["input"].numel()
+        return name in _SELECTIONS
 
     def _leaving(self, derived: Callable[[], Tensor | None], grads: Tensor) -> None:
         """The graph behind a derived tensor is about to run, and to be freed: take what still needs it."""
@@ -573,7 +587,7 @@ class Recorder(TorchFunctionMode):
             for role, tensor in use.shared.items():
                 sources, whole = self._shared[tensor]
                 if id(leaf.parameter) in sources:
-                    view = use.call is not None and use.call.isometric and role == "weight" and whole is leaf
+                    view = use.call is not None and use.call.isometric and whole is leaf
                     plain = use.call is not None and (view or tensor is leaf.parameter)
                     leaf.entries.append(Entry(use, role, tensor, samples, grads, plain))
             late_done = not use.late or leaf.fired[True] == leaf.uses[True]

@@ -5,7 +5,7 @@ Formulas: docs/grad_norms.md; the arithmetic is in the operators (ops.py).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,12 +219,6 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _moments(x: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps) over `dims`, kept as dimensions of size 1."""
-    var, mean = torch.var_mean(_wide(x), tuple(dims), correction=0, keepdim=True)
-    return mean, (var + eps).rsqrt()
-
-
 def _trailing(rows: Rows, tensor: Tensor, layout: Layout, dims: int) -> Tensor | None:
     """[N, T, C], C = the last `dims` dimensions together."""
     if layout.dim >= tensor.dim() - dims:
@@ -241,8 +235,8 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Ca
         values, g = _trailing(rows, x, layout, dims), _trailing(rows, grads, grads_layout, dims)
         if values is None or g is None:
             return None
-        mean, rstd = (moment.expand_as(values) for moment in _moments(values, (2,), eps))
-        return values, mean, rstd, g
+        _, mean, rstd = torch.native_layer_norm(_wide(values), values.shape[2:], None, None, eps)
+        return values, mean.expand_as(values), rstd.expand_as(values), g
 
     return _affine_call(input, _given(weight=weight, bias=bias), normalized)
 
@@ -271,10 +265,12 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5) -> Call:
         if not _leading(layout, grads_layout) or rows.samples != rows.count:
             return None
         values = _channels(x, x)
-        n, _, channels = values.shape
-        moments = _moments(x.reshape(n, num_groups, -1), (2,), eps)  # [N, groups, 1]
+        n, positions, channels = values.shape
+        _, *moments = torch.native_group_norm(
+            _wide(x).contiguous(), None, None, n, channels, positions, num_groups, eps
+        )  # [N, groups] each
         each = channels // num_groups
-        mean, rstd = (m.expand(-1, -1, each).reshape(n, 1, channels).expand_as(values) for m in moments)
+        mean, rstd = (m.repeat_interleave(each, 1)[:, None].expand_as(values) for m in moments)
         return values, mean, rstd, _channels(x, grads)
 
     return _affine_call(input, _given(weight=weight, bias=bias), normalized)

@@ -105,6 +105,7 @@ def cases(device: torch.device, quick: bool) -> Sequence[Case]:
     if quick:
         return [image_case(4, True, width=8, blocks=1, size=8), text_case(4, 5, 8, 1, 11, True)]
     found = [image_case(32, False), *(text_case(32, length, 256, 4, 1000, False) for length in (64, 128))]
+    found += [text_case(16, length, 512, 4, 1000, False) for length in (64, 128)]
     if device.type == "cuda":
         found += [image_case(128, False)]
         found += [
