@@ -73,7 +73,7 @@ class _Kernel:
     def run(
         self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments
     ) -> None:
-        log = triton.runtime.driver.active.log
+        log = triton.runtime.driver.active.log  # pyright: ignore[reportAttributeAccessIssue]
         if log is not None:
             log.append(Launch(self.source.fn.__name__, (x, y, z), self.num_warps, self.source, arguments))
 

@@ -21,10 +21,10 @@ def digits(seed: int) -> tuple[Tensor, Tensor]:
     """1,797 images [1, 8, 8] in [0, 1] and their digits, shuffled."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
-    images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16
-    return images[order], torch.as_tensor(data.target, dtype=torch.int64)[order]
+    pixels, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    return images[order], torch.as_tensor(labels, dtype=torch.int64)[order]
 
 
 def network() -> nn.Module:
