@@ -126,7 +126,7 @@ def _cuda() -> list[Target]:
             found.append(Target("cuda", "per_sample_stats", f"{rows}x{classes} {dtype}", "ours", "share", 0.9))
         for classes in (10, 100):
             found.append(Target("cuda", "per_sample_stats", f"1048576x{classes} {dtype}", "ours", "share", 0.8))
-    for case in ("65536x1000 float32", "8192x32000 bfloat16"):
+    for case in ("65536x1000 float32", "8192x32000 bfloat16", "1048576x1000 bfloat16"):
         found.append(Target("cuda", "fused_select", case, "ours_graph", "within", 1.1, ("row_pass_graph",)))
     for n in (1 << 20, 1 << 22, 1 << 24):
         for share in (0.1, 0.2, 0.5):

@@ -28,7 +28,7 @@ CPU_SHAPES = ((128, 10), (128, 1000), (1024, 1000), (65_536, 10), (2048, 32_000)
 # Those with targets first: compiling the peers takes most of the time, and a run may be cut short.
 CUDA_CASES = (
     *(("float32", *shape) for shape in ((128, 10), (128, 100), (65_536, 1000))),
-    ("bfloat16", 8192, 32_000),
+    *(("bfloat16", *shape) for shape in ((8192, 32_000), (1_048_576, 1000))),
     *(("float32", *shape) for shape in ((1_048_576, 100), (128, 1000), (1024, 1000), (65_536, 10))),  # caches
     *(("bfloat16", *shape) for shape in ((65_536, 1000), (1_048_576, 100), (2048, 128_256), (128, 10))),
     *(("float32", *shape) for shape in ((8192, 32_000), (2048, 128_256))),
@@ -229,7 +229,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cuda":
         names = tuple(name for name in CONTENDERS if name != "compiled_as_is")
         found = [select_case(n, c, dtype, False, names=names) for dtype, n, c in CUDA_CASES]
-        return [*found[:4], scores_case(4 << 20), *found[4:]]
+        return [*found[:5], scores_case(4 << 20), *found[5:]]
     found = [select_case(n, c, dtype, False) for dtype in ("float32", "bfloat16") for n, c in CPU_SHAPES]
     return [*found, scores_case(1 << 20)]
 
