@@ -85,6 +85,9 @@ def _measured(
     return record if record is not None and record["status"] == "measured" else None
 
 
+NORM_STEPS = ("N=32 T=64 d=256", "N=32 T=128 d=256", "N=16 T=64 d=512", "N=16 T=128 d=512")
+
+
 def _cpu() -> list[Target]:
     def select(case: str, measure: str, limit: float, *against: str) -> Target:
         return Target("cpu", "fused_select", f"{case} float32", "ours", measure, limit, against)
@@ -103,6 +106,13 @@ def _cpu() -> list[Target]:
         other = f"{shape} float32"
         found.append(Target("cpu", "fused_select", f"{shape} bfloat16", "ours", "element", 1.2, other_case=other))
     topk = [Target("cpu", "select_topk", f"{n} k=0.2N", "ours", "faster", 10, ("topk",)) for n in (1 << 20, 1 << 24)]
+    steps = ("resnet18 N=32", *(f"transformer {sizes} float32" for sizes in NORM_STEPS))
+    for case in steps:
+        found += [
+            Target("cpu", "grad_norms", case, "ours", "within", 1.6, ("plain",)),
+            Target("cpu", "grad_norms", case, "ours_none", "within", 0.75, ("plain",)),
+            Target("cpu", "grad_norms", case, "ours", "faster", 1, ("opacus", "vmap")),
+        ]
     return [*found, *topk]
 
 
