@@ -10,14 +10,16 @@ LAYERS = (  # top first; a module may import only from layers below its own, or 
     {"integrations", "cli"},
     {"demo"},
     {"doctor"},
-    {"training", "samplers"},
+    {"samplers"},
+    {"training"},
     {"policies", "distributed", "models"},
     {"grad_norms"},
+    {"boundary", "draws"},
     {"functional"},
     {"dispatch"},
     {"ops", "reference", "state"},
     {"kernels", "_C"},
-    {"options", "_version"},
+    {"options", "record", "_version"},
 )
 OPTIONAL = {"triton", "lightning", "transformers", "matplotlib", "rich", "sklearn"}
 
