@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,22 @@ class Selection(NamedTuple):
     scores: Tensor  # [N] float32, -inf on invalid rows
     losses: Tensor  # [N] float32
     n_valid: Tensor  # [] int64, on the device
+
+
+class WeightedSelection(Selection):
+    """A Selection whose rows count differently: the loss to train on is the mean over rows of `weights` times loss."""
+
+    weights: Tensor  # [k] float32, of the rows in `indices`, in their order
+
+    def __new__(
+        cls, indices: Tensor, scores: Tensor, losses: Tensor, n_valid: Tensor, weights: Tensor
+    ) -> "WeightedSelection":
+        self = super().__new__(cls, indices, scores, losses, n_valid)
+        self.weights = weights
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.weights)  # copies and pickles keep them
 
 
 class SampleStats(NamedTuple):
@@ -264,6 +280,65 @@ def select_topk(
         raise TypeError(f"largest must be a bool, got {largest!r}")
     require_choice("order", order, ORDERS)
     return dispatch.resolve(impl, scores.device).select_topk(scores.detach(), k, largest, order)
+
+
+def bank_select(
+    features: Tensor,  # [N, D]; float16, bfloat16, float32, float64 or uint8; any strides
+    rows: Tensor,  # [n] int64, the bank: row numbers of features
+    theta: Tensor,  # [D + 1]; float32, or float64 for float64 features
+    k: int,
+    *,
+    norm: float = 1.0,
+    largest: bool = True,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rows of a bank that a linear model of the loss predicts to be worst: IMPON's scoring and pick in one operator.
+
+    Predicts theta . c_i with the context c_i = [x_i; norm] for each row of the bank, x_i = features[rows[i]], and picks the k
+    largest predictions (the smallest with largest=False), ties to the earlier place in the bank, NaN last.
+
+    Returns picked [k] int64, row numbers in the order of the bank, and predictions [n], of the dtype of theta. Sums are in
+    that dtype. Deterministic; not differentiable. Memory beyond inputs and outputs: O(n), features are gathered on the fly.
+    Raises ValueError (shapes, devices, k outside [1, n]), TypeError (dtypes), IndexError (on a CPU: a row outside [0, N); on
+    CUDA its prediction is NaN, and ADASELECT_DEBUG=1 raises), RuntimeError (impl cannot serve the call).
+
+    >>> features = torch.tensor([[1.0], [4.0], [2.0], [3.0]])
+    >>> bank_select(features, torch.tensor([3, 0, 2]), torch.tensor([1.0, 0.5]), k=2)
+    (tensor([3, 2]), tensor([3.5000, 1.5000, 2.5000]))
+    """
+    for name, tensor in (("features", features), ("rows", rows), ("theta", theta)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != features.device:
+            raise ValueError(f"{name} must be on the device of features, {features.device}, got {tensor.device}")
+    if features.dtype not in (*_FLOATS, torch.uint8):
+        raise TypeError(f"features must be float16, bfloat16, float32, float64 or uint8, got {features.dtype}")
+    if features.dim() != 2:
+        raise ValueError(f"features must be [N, D], got shape {tuple(features.shape)}")
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows must be int64, got {rows.dtype}")
+    if rows.dim() != 1 or rows.shape[0] == 0:
+        raise ValueError(f"rows must be [n] with n >= 1, got shape {tuple(rows.shape)}")
+    expected = torch.float64 if features.dtype == torch.float64 else torch.float32
+    if theta.dtype != expected:
+        raise TypeError(f"theta must be {expected} for features of {features.dtype}, got {theta.dtype}")
+    if theta.shape != (features.shape[1] + 1,):
+        raise ValueError(f"theta must be [D + 1] = [{features.shape[1] + 1}], got shape {tuple(theta.shape)}")
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k must be an int, got {k!r}")
+    if not 1 <= k <= rows.shape[0]:
+        raise ValueError(f"k must be in [1, n] = [1, {rows.shape[0]}], got {k}")
+    if isinstance(norm, bool) or not isinstance(norm, numbers.Real):
+        raise TypeError(f"norm must be a number, got {norm!r}")
+    if not isinstance(largest, bool):
+        raise TypeError(f"largest must be a bool, got {largest!r}")
+    if features.device.type == "cuda" and _may_synchronise(rows):
+        bad = (rows < 0) | (rows >= features.shape[0])
+        if bad.any():
+            place = int(bad.to(torch.int8).argmax())
+            raise IndexError(f"row {int(rows[place])} at place {place} of the bank is outside [0, {features.shape[0]})")
+    backend = dispatch.resolve(impl, features.device)
+    return backend.bank_select(features.detach(), rows, theta.detach(), float(norm), k, largest)
 
 
 def selected_count(gamma: float, n: int) -> int:

@@ -17,8 +17,9 @@ from adaselect_kernels.policies import POLICIES, get_policy
 from adaselect_kernels.state import AdaSelectionState
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-NAMES = sorted(POLICIES)
-BASELINES = [name for name in NAMES if name != "adaselection"]
+NEIGHBOURS = ("importance", "rho_loss", "selective_backprop")  # tests/test_neighbours.py has their rules
+NAMES = sorted(set(POLICIES) - {"rho_loss"})  # which needs more than logits and targets
+BASELINES = sorted(set(POLICIES) - {"adaselection", *NEIGHBOURS})
 
 
 def batch(generator, rows=24, classes=5):

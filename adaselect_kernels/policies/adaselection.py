@@ -54,6 +54,9 @@ class AdaSelection(Policy):
             **self._settings,
         )
 
+    def method_weights(self) -> dict[str, float]:
+        return dict(zip(self.methods, self.state.weights.tolist(), strict=True))
+
     @property
     def _settings(self) -> dict[str, Any]:
         return {"methods": self.config.methods, "options": self.config.options}
@@ -63,19 +66,20 @@ class Baseline(Policy):
     """What one method alone chooses (section 3.1), on its raw key; only the step of the state advances."""
 
     config_type: ClassVar[type[PolicyConfig]] = PolicyConfig
+    method: ClassVar[str | None] = None  # its name among METHODS where that is not the policy's own
 
     def __init__(self, config: PolicyConfig, device: torch.device | str | None = None) -> None:
-        super().__init__(config, (self.name,), device)
+        super().__init__(config, (self.method or self.name,), device)
 
     def select(self, logits: Tensor, targets: Tensor) -> Selection:
-        return self._choose(baseline_select, logits, targets, self.config.gamma, self.name, **self.config.call)
+        return self._choose(baseline_select, logits, targets, self.config.gamma, self.methods[0], **self.config.call)
 
     def select_from_losses(self, losses: Tensor, grad_norms: Tensor | None = None) -> Selection:
         return self._choose(
             baseline_select_from_losses,
             losses,
             self.config.gamma,
-            self.name,
+            self.methods[0],
             grad_norms=grad_norms,
             order=self.config.order,
         )

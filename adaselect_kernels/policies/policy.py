@@ -3,7 +3,7 @@
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,13 @@ class PolicyConfig:
         }
 
 
+class Scored(NamedTuple):
+    """What `Policy.score` gives when the choice needs more than the forward's result."""
+
+    result: Any  # (logits, targets), losses or SampleStats
+    more: dict[str, Tensor]  # keyword arguments of `select` and `select_from_losses`
+
+
 class Policy:
     """Chooses the rows worth a backward pass, call after call.
 
@@ -67,6 +74,9 @@ class Policy:
     """
 
     name: ClassVar[str]
+    config_type: ClassVar[type[PolicyConfig]]
+    objects: ClassVar[tuple[str, ...]] = ()  # what `get_policy` passes on beside the configuration, as a model
+    weighted: ClassVar[bool] = False  # it returns a WeightedSelection
     methods: tuple[str, ...]
     state: AdaSelectionState
 
@@ -89,6 +99,10 @@ class Policy:
     def score(self, model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
         """What the scoring pass computes for a candidate batch: `forward(model, batch)`, unless the policy needs more."""
         return forward(model, batch)
+
+    def method_weights(self) -> dict[str, float] | None:
+        """Weight of each method, read from the device; None where a policy has none."""
+        return None
 
     def to(self, device: torch.device | str) -> "Policy":
         """Move the state to `device`, where it stays; returns the policy."""

@@ -1,5 +1,6 @@
 """The refill buffer of Algorithms 1 and 2 (arXiv 2306.10728): full batches of chosen samples out of any loader."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -10,15 +11,15 @@ from torch import Tensor, nn
 
 from adaselect_kernels.functional import SampleStats, Selection
 from adaselect_kernels.options import require_choice
-from adaselect_kernels.policies import Policy
+from adaselect_kernels.policies import Policy, Scored
+from adaselect_kernels.record import StepRecord
 from adaselect_kernels.training.batches import count_rows, join_rows, move_to, slice_rows, take_rows
+from adaselect_kernels.training.scorers import Forward, Scorer, forward_pair
 from adaselect_kernels.training.scoring import MODES, check_autocast, random_streams_kept, scoring_pass
 
-Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor] | Tensor | SampleStats]
-
-_FORMAT = 1
+_FORMAT = 2
 _END = object()
-_KEYS = {"format", "settings", "policy", "counts", "rows", "position", "order", "loader"}
+_KEYS = {"format", "settings", "policy", "scorer", "counts", "rows", "weights", "position", "order", "loader"}
 
 
 class RowBuffer:
@@ -87,16 +88,20 @@ class SelectedBatches:
     model, policy: what scores and what chooses; `policy` from `get_policy`, with unit="sample".
     forward: `forward(model, batch)` inside the scoring pass, which returns (logits, targets), or per-sample losses [N],
         or SampleStats with loss and grad_norm. None: the batch is a pair (inputs, targets), scored by model(inputs).
-    mode, autocast: of the scoring pass (`scoring_pass`).
+        A scorer (`get_scorer`) brings its own mode and autocast, and its memory is saved with the state.
+    mode, autocast: of the scoring pass (`scoring_pass`); None: "eval" and no autocast, or the scorer's.
     device: where every tensor of a batch is moved to; None leaves it where the loader put it.
     synchronize: wait for the device before each reading of the clock, so that `seconds` splits its time too. Slower.
 
-    Attributes: `counts` (Counts), `seconds` (Seconds), `last` (the last Selection, None before), `buffered` (rows waiting).
+    Attributes: `counts` (Counts), `seconds` (Seconds), `last` (the last Selection, None before), `buffered` (rows waiting),
+    `weights` ([batch_size] float32 of the batch just yielded when the policy gives a WeightedSelection, else None: train
+    on the mean of weight times loss). `record()` gives a StepRecord.
     The gather needs no host synchronisation when all leaves are tensors on the device of the selection; what it
     yields is detached.
 
     Raises TypeError (batch_size, forward's result, a batch that is no pair without `forward`), ValueError (batch_size < 1,
-    rows that disagree, scores that are not one a row), and what the scoring pass and the policy raise.
+    rows that disagree, scores that are not one a row, a mode or autocast beside a scorer), and what the scoring pass and
+    the policy raise.
     """
 
     def __init__(
@@ -107,7 +112,7 @@ class SelectedBatches:
         batch_size: int,
         *,
         forward: Forward | None = None,
-        mode: str = "eval",
+        mode: str | None = None,
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
         synchronize: bool = False,
@@ -116,13 +121,21 @@ class SelectedBatches:
             raise TypeError(f"batch_size must be an int, got {batch_size!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if isinstance(forward, Scorer):
+            if mode is not None or autocast is not None:
+                raise ValueError(
+                    f"mode={mode!r}, autocast={autocast!r} beside a scorer: get_scorer({forward.name!r}, mode=...,"
+                    " autocast=...) has them"
+                )
+            mode, autocast = forward.mode, forward.autocast
+        mode = "eval" if mode is None else mode
         require_choice("mode", mode, MODES)
         check_autocast(autocast)
         self.loader = loader
         self.model = model
         self.policy = policy
         self.batch_size = batch_size
-        self.forward: Forward = _forward_pair if forward is None else forward
+        self.forward: Forward = forward_pair if forward is None else forward
         self.mode = mode
         self.autocast = autocast
         self.device = None if device is None else torch.device(device)
@@ -130,7 +143,9 @@ class SelectedBatches:
         self.counts = Counts()
         self.seconds = Seconds()
         self.last: Selection | None = None
+        self.weights: Tensor | None = None
         self._buffer = RowBuffer()
+        self._waiting = RowBuffer()  # the weights of the rows in the buffer, or empty
         self._position = 0  # candidate batches of the running epoch that were consumed
         self._order: list[Tensor] | None = None  # streams that the loader's order comes from, at the epoch's start
         self._resume: str | None = None  # how the next iteration finds its place: "skip", "loader"
@@ -150,6 +165,7 @@ class SelectedBatches:
         while True:
             while len(self._buffer) >= self.batch_size:
                 batch = self._buffer.take(self.batch_size)
+                self.weights = self._waiting.take(self.batch_size) if len(self._waiting) else None
                 self.counts.updates += 1
                 self.seconds.select += clock()
                 try:
@@ -187,12 +203,34 @@ class SelectedBatches:
                 f"forward gave {selection.scores.shape[0]} scores for {rows} rows; it must give one a row"
                 ' (a policy with unit="token" chooses inside a row and cannot refill a buffer)'
             )
+        chosen, weights = selection.indices.shape[0], getattr(selection, "weights", None)
+        if len(self._buffer) and bool(len(self._waiting)) != (weights is not None):
+            raise ValueError("the policy gave weights for some batches and none for others; their rows cannot be mixed")
         with torch.no_grad():
-            self._buffer.append(take_rows(batch, selection.indices), selection.indices.shape[0])
+            taken = take_rows(batch, selection.indices)
+        self._buffer.append(taken, chosen)
+        if weights is not None:
+            self._waiting.append(weights, chosen)
         self.last = selection
         self.counts.candidates += rows
-        self.counts.chosen += selection.indices.shape[0]
+        self.counts.chosen += chosen
         self.seconds.select += clock()
+
+    def record(self) -> StepRecord:
+        """Where the run stands, for a log; the losses are of the last candidate batch. Reads the device."""
+        counts, losses = self.counts, (None, None)
+        if self.last is not None:
+            valid, rows = self.last.scores > -math.inf, self.last.indices
+            losses = _mean(self.last.losses[rows], valid[rows]), _mean(self.last.losses, valid)
+        return StepRecord(
+            step=counts.updates,
+            epoch=counts.epochs,
+            rate=counts.updates * self.batch_size / counts.candidates if counts.candidates else math.nan,
+            weights=self.policy.method_weights() if isinstance(self.policy, Policy) else None,
+            loss_chosen=losses[0],
+            loss_all=losses[1],
+            seconds=dict(vars(self.seconds)),
+        )
 
     def _clock(self) -> Callable[[], float]:
         """A function that gives the seconds since its last call."""
@@ -235,7 +273,8 @@ class SelectedBatches:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit; call it in the loop after the update, or between epochs.
 
-        Policy state, waiting rows (a tree of the batch's own classes), counts, and the place in the epoch: the loader's
+        Policy state, a scorer's memory, waiting rows (a tree of the batch's own classes) with their weights, counts, and
+        the place in the epoch: the loader's
         own state_dict where it has one, else the number of candidate batches consumed, and torch's CPU stream and the
         loader's generators as they were at the start of the epoch. Loads with weights_only=True when the batch is made
         of tensors, dicts, lists, tuples and plain values. The caller saves model, optimizer and the random streams.
@@ -245,8 +284,10 @@ class SelectedBatches:
             "format": _FORMAT,
             "settings": self._settings(),
             "policy": self.policy.state_dict(),
+            "scorer": self.forward.state_dict() if isinstance(self.forward, Scorer) else None,
             "counts": dict(vars(self.counts)),
             "rows": self._buffer.peek(),
+            "weights": self._waiting.peek(),
             "position": self._position,
             "order": None if self._order is None else list(self._order),
             "loader": None if loader_state is None else loader_state(),
@@ -259,24 +300,32 @@ class SelectedBatches:
         that epoch and its first batches are read and dropped: its order must come from torch's CPU stream at the start
         of the epoch, from `loader.generator` or `loader.sampler.generator`, or be fixed. An iteration under way ends.
 
-        Raises ValueError, nothing changed, when the dictionary is corrupt, of another policy, or of another batch_size,
-        mode or autocast.
+        Raises ValueError, nothing changed, when the dictionary is corrupt, of another policy or scorer, or of another
+        batch_size, mode or autocast.
         """
-        counts, rows, position, order = self._check(state_dict)
-        before = self.policy.state_dict()
-        self.policy.load_state_dict(state_dict["policy"])
-        if state_dict["loader"] is not None:
+        counts, rows, weights, position, order = self._check(state_dict)
+        parts: list[tuple[str, Any]] = [("policy", self.policy)]
+        parts += [("scorer", self.forward)] if isinstance(self.forward, Scorer) else []
+        parts += [("loader", self.loader)] if state_dict["loader"] is not None else []
+        before: list[tuple[Any, Any]] = []
+        for name, part in parts:
+            saved = part.state_dict() if name != "loader" else None  # the last one needs no way back
             try:
-                self.loader.load_state_dict(state_dict["loader"])  # type: ignore[attr-defined]
+                part.load_state_dict(state_dict[name])
             except Exception as error:
-                self.policy.load_state_dict(before)
-                raise ValueError(f"the loader refused its state: {error}") from error
+                for other, state in before:
+                    other.load_state_dict(state)
+                if name == "loader":
+                    raise ValueError(f"the loader refused its state: {error}") from error
+                raise
+            before.append((part, saved))
         self.counts, self._buffer, self._position, self._order = counts, rows, position, order
+        self._waiting, self.weights = weights, None
         self._resume = "loader" if state_dict["loader"] is not None else "skip" if position else None
         self._running = None
         self.last = None
 
-    def _check(self, state_dict: Mapping[str, Any]) -> tuple[Counts, RowBuffer, int, list[Tensor] | None]:
+    def _check(self, state_dict: Mapping[str, Any]) -> tuple[Counts, RowBuffer, RowBuffer, int, list[Tensor] | None]:
         if not isinstance(state_dict, Mapping) or set(state_dict) != _KEYS:
             got = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
             raise ValueError(f"not a state of SelectedBatches: got {got}, expected the keys {sorted(_KEYS)}")
@@ -296,7 +345,9 @@ class SelectedBatches:
             raise ValueError("corrupt state: a position in an epoch without the order of that epoch")
         if state_dict["loader"] is not None and not hasattr(self.loader, "load_state_dict"):
             raise ValueError(f"state has one of its loader, which {type(self.loader).__name__} cannot load")
-        buffer = RowBuffer()
+        if (state_dict["scorer"] is not None) != isinstance(self.forward, Scorer):
+            raise ValueError(f"state has the scorer {state_dict['scorer']!r}, forward is {self.forward!r}")
+        buffer, waiting, weights = RowBuffer(), RowBuffer(), state_dict["weights"]
         if state_dict["rows"] is not None:
             rows = state_dict["rows"] if self.device is None else move_to(state_dict["rows"], self.device)
             try:
@@ -306,30 +357,30 @@ class SelectedBatches:
         counts = Counts(**counts)
         if counts.chosen != counts.updates * self.batch_size + len(buffer):
             raise ValueError(f"corrupt state: {counts} does not agree with {len(buffer)} waiting rows")
-        return counts, buffer, position, order
+        weighted = self.policy.weighted if isinstance(self.policy, Policy) else weights is not None
+        if len(buffer) and weighted != (weights is not None):
+            raise ValueError(f"corrupt state: the policy gives {'' if weighted else 'no '}weights for its rows")
+        if weights is not None:
+            if not isinstance(weights, Tensor) or weights.shape != (len(buffer),) or weights.dtype != torch.float32:
+                raise ValueError(f"corrupt state: weights must be float32 [{len(buffer)}], one for each waiting row")
+            waiting.append(weights.detach().to(self.device or weights.device, copy=True), len(buffer))
+        return counts, buffer, waiting, position, order
 
     def _settings(self) -> dict[str, Any]:
         autocast = None if self.autocast is None else str(self.autocast)
         return {"batch_size": self.batch_size, "mode": self.mode, "autocast": autocast}
 
 
-def _forward_pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"without `forward` a batch must be a pair (inputs, targets), got {type(batch).__name__};"
-            " give forward=lambda model, batch: (logits, targets)"
-        )
-    inputs, targets = batch
-    return model(inputs), targets
-
-
 def _choose(policy: Policy, result: Any) -> Selection:
+    more: dict[str, Tensor] = {}
+    if isinstance(result, Scored):
+        result, more = result
     if isinstance(result, Tensor):
-        return policy.select_from_losses(result)
+        return policy.select_from_losses(result, **more)
     if isinstance(result, SampleStats) and result.loss is not None:
-        return policy.select_from_losses(result.loss, result.grad_norm)
+        return policy.select_from_losses(result.loss, result.grad_norm, **more)
     if isinstance(result, (tuple, list)) and len(result) == 2:
-        return policy.select(*result)  # pyright: ignore[reportArgumentType]
+        return policy.select(*result, **more)  # pyright: ignore[reportArgumentType]
     raise TypeError(
         "forward must return (logits, targets), per-sample losses [N] or SampleStats with a loss,"
         f" got {type(result).__name__}"
@@ -354,6 +405,12 @@ def _check_streams(order: Any, generators: list[torch.Generator]) -> list[Tensor
     except (AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"corrupt state: not the state of a random stream: {error}") from None
     return copies
+
+
+def _mean(losses: Tensor, valid: Tensor) -> float | None:
+    """Mean of the valid losses; None when there is none."""
+    kept = losses[valid].to(torch.float64)
+    return kept.mean().item() if kept.numel() else None
 
 
 def _is_count(value: object) -> bool:
