@@ -10,6 +10,9 @@ batch_scores       -> scores [N] float32, n_valid [] int64; `state` ([2M + 1] fl
 select_topk        -> [k] int64; best `k` of `scores` [N], ties to the lower row, NaN last.
 select_from_losses -> indices [k], scores [N], n_valid []: batch_scores and select_topk in one call.
 fused_select       -> indices [k], scores [N], losses [N] float32, n_valid []: all three stages in one call.
+bank_select        -> picked [k] int64, predictions [n]: of the bank `rows` [n] of features [N, D] the k rows of best predicted
+                      loss theta . [x; norm], in the order of the bank, ties to the earlier; theta and predictions are
+                      float32 (float64 for float64 features, which may be uint8).
 
 Squared norms of the gradient of each sample's loss, [N] float32 (float64 for float64 inputs), from what a layer saw:
 
@@ -47,6 +50,7 @@ SCHEMAS = {
     " float[] options) -> (Tensor, Tensor, Tensor)",
     "fused_select": "(Tensor logits, Tensor targets, Tensor(a!)? state, int[] methods, SymInt k, str unit, str order,"
     " int ignore_index, float label_smoothing, int seed, float[] options) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bank_select": "(Tensor features, Tensor rows, Tensor theta, float norm, SymInt k, bool largest) -> (Tensor, Tensor)",
     "linear_grad_sq_norms": "(Tensor activations, Tensor grads, bool weight, bool bias, str form) -> Tensor",
     "linear_grads_and_sq_norms": "(Tensor activations, Tensor grads, bool bias) -> (Tensor, Tensor, Tensor)",
     "conv_grad_sq_norms": "(Tensor input, Tensor grads, int[] kernel_size, int[] stride, int[] padding, int[] dilation,"
@@ -115,6 +119,11 @@ def _(
         logits.new_empty((n,), dtype=torch.float32),
         logits.new_empty((), dtype=torch.int64),
     )
+
+
+@torch.library.register_fake("adaselect::bank_select", lib=LIBRARY)
+def _(features: Tensor, rows: Tensor, theta: Tensor, norm: float, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    return rows.new_empty((k,)), theta.new_empty((rows.shape[0],))
 
 
 def _sq_norms(grads: Tensor) -> Tensor:

@@ -310,6 +310,19 @@ def _choose(losses, valid, scores, methods, k, order, options) -> Tensor:
     return select_topk(torch.where(taken, scores, math.nan), k, True, "score")
 
 
+def bank_select(
+    features: Tensor, rows: Tensor, theta: Tensor, norm: float, k: int, largest: bool
+) -> tuple[Tensor, Tensor]:
+    # theta . c_i, c_i = [x_i; norm]
+    inside = (rows >= 0) & (rows < features.shape[0])
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not inside.all():
+        place = int((~inside).to(torch.int8).argmax())
+        raise IndexError(f"row {int(rows[place])} at place {place} of the bank is outside [0, {features.shape[0]})")
+    predictions = features[rows.where(inside, 0)].to(theta.dtype) @ theta[:-1] + norm * theta[-1]
+    predictions = predictions.where(inside, math.nan)
+    return rows[select_topk(predictions, k, largest, "index")], predictions
+
+
 def linear_grad_sq_norms(activations: Tensor, grads: Tensor, weight: bool, bias: bool, form: str) -> Tensor:
     a, g = activations.to(compute_dtype(grads.dtype)), grads.to(compute_dtype(grads.dtype))
     total = g.new_zeros(g.shape[0])

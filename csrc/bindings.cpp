@@ -81,6 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                        seed, options);
       },
       Unlocked());
+  m.def("bank_select", adaselect::bank_select, Unlocked());
   m.def("linear_grad_sq_norms", adaselect::linear_grad_sq_norms, Unlocked());
   m.def("linear_grads_and_sq_norms", adaselect::linear_grads_and_sq_norms, Unlocked());
   m.def(

@@ -1,5 +1,6 @@
 """Triton implementations of the operators, one file a family; each takes exactly the arguments of its schema in ops.py."""
 
+from adaselect_kernels.kernels.bank_select import bank_select
 from adaselect_kernels.kernels.batch_stage import batch_scores, select_from_losses
 from adaselect_kernels.kernels.fused import fused_select
 from adaselect_kernels.kernels.grad_norms import (
@@ -14,6 +15,7 @@ from adaselect_kernels.kernels.select import select_topk
 
 __all__ = [
     "affine_grad_sq_norms",
+    "bank_select",
     "batch_scores",
     "conv_grad_sq_norms",
     "embedding_grad_sq_norms",

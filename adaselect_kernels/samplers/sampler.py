@@ -44,6 +44,7 @@ class BatchSampler(Sampler[list[int]]):
       `_draw()` -> the next Batch; `self._emitted` of this epoch were drawn before;
       `_learn(batch, rows, losses, confidences)`: losses [m] float64 on the CPU, all finite, of distinct rows [m] of
           `batch`; confidences as `observe` was given them, float64, or None;
+      `_check_observed(losses, confidences)`, where some values must be refused;
       `_state()` -> tensors that continuing needs beside the generator, and `_load(state)`, which gets tensors of the same
           names and dtypes, raises ValueError before it changes anything, and takes over copies.
     All randomness comes from `self._generator`. Where what `_start_epoch` reads changes between epochs, call
@@ -184,6 +185,7 @@ class BatchSampler(Sampler[list[int]]):
                 raise ValueError(f"{what} must be [{which.shape[0]}], one a row, got {tuple(given.shape)}")
         if certain is not None and not bool(((certain >= 0) & (certain <= 1)).all()):
             raise ValueError("confidences must be probabilities in [0, 1]")
+        self._check_observed(values, certain)
         start = time.perf_counter()
         self._in_flight.popleft()
         self.step += 1
@@ -235,6 +237,9 @@ class BatchSampler(Sampler[list[int]]):
 
     def _draw(self) -> Batch:
         raise NotImplementedError
+
+    def _check_observed(self, losses: Tensor | None, confidences: Tensor | None) -> None:
+        """Raise ValueError for losses [m] that the sampler cannot learn from; nothing is changed before."""
 
     def _learn(self, batch: Batch, rows: Tensor, losses: Tensor, confidences: Tensor | None) -> None:
         """Nothing, unless the sampler learns."""

@@ -164,6 +164,18 @@ using AffineFn = double (*)(const AffineArgs& args);
 // |sum over the listed rows|^2 of rows [., columns] at `stride`.
 using SegmentFn = double (*)(const void* rows, int64_t stride, const int64_t* listed, int64_t count, int64_t columns);
 
+// Predicted losses theta . [x_i; norm] of a bank of rows: out of features [., count] at the strides, of the dtype of
+// the kernel; theta [count + 1] and predictions [bank] of its compute type.
+struct BankArgs {
+  const void* features;
+  const int64_t* rows;
+  const void* theta;
+  int64_t row_stride, column_stride, count;
+  double norm;
+  void* predictions;
+};
+using BankFn = void (*)(const BankArgs& args, int64_t begin, int64_t end);
+
 // One of these per instruction set; arrays are indexed by the Dtype of the kernel's floating point input.
 struct KernelTable {
   const char* name;
@@ -176,6 +188,7 @@ struct KernelTable {
   const PackFn* pack;
   const AffineFn* affine;
   const SegmentFn* segment;
+  const BankFn* bank;  // and uint8 after the Dtypes
 };
 
 #define ADASELECT_DECLARE_KERNELS(isa)                       \
@@ -189,6 +202,7 @@ struct KernelTable {
   extern const PackFn pack_by_dtype[4];                      \
   extern const AffineFn affine_by_dtype[4];                  \
   extern const SegmentFn segment_by_dtype[4];                \
+  extern const BankFn bank_by_dtype[5];                      \
   }
 #if defined(__x86_64__)
 ADASELECT_DECLARE_KERNELS(avx512)

@@ -57,6 +57,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
     at::ArrayRef<int64_t> methods, int64_t k, std::string_view unit, std::string_view order, int64_t ignore_index,
     double label_smoothing, int64_t seed, at::ArrayRef<double> options);
 
+std::tuple<at::Tensor, at::Tensor> bank_select(const at::Tensor& features, const at::Tensor& rows,
+                                               const at::Tensor& theta, double norm, int64_t k, bool largest);
+
 // Per-sample squared norms [N] of gradients, see adaselect_kernels/ops.py.
 at::Tensor linear_grad_sq_norms(const at::Tensor& activations, const at::Tensor& grads, bool weight, bool bias,
                                 std::string_view form);

@@ -9,6 +9,7 @@ TORCH_LIBRARY_IMPL(adaselect, CPU, m) {
   m.impl("select_topk", adaselect::select_topk);
   m.impl("select_from_losses", adaselect::select_from_losses);
   m.impl("fused_select", adaselect::fused_select);
+  m.impl("bank_select", adaselect::bank_select);
   m.impl("linear_grad_sq_norms", adaselect::linear_grad_sq_norms);
   m.impl("linear_grads_and_sq_norms", adaselect::linear_grads_and_sq_norms);
   m.impl("conv_grad_sq_norms", adaselect::conv_grad_sq_norms);
