@@ -4,17 +4,23 @@
 """
 
 import inspect
+import math
+import numbers
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaselect_kernels.functional import SampleStats
 from adaselect_kernels.options import require_choice
+from adaselect_kernels.policies.neighbours import losses_of
+from adaselect_kernels.policies.policy import PolicyConfig
 from adaselect_kernels.training.scoring import MODES, _flags_kept, _set_flag, check_autocast, scoring_pass
 
 Result = tuple[Tensor, Tensor] | Tensor | SampleStats
@@ -108,7 +114,7 @@ class Scorer:
 class FullForward(Scorer):
     """The forward itself: the losses of the moment, at the cost of one forward without gradients.
 
-    compile: run `torch.compile(model)` instead, compiled once for each model the scorer meets in a row.
+    compile: run `torch.compile(model)` instead, compiled once for each model the scorer meets.
     """
 
     name: ClassVar[str] = "forward"
@@ -125,7 +131,7 @@ class FullForward(Scorer):
         if not isinstance(compile, bool):
             raise TypeError(f"compile must be a bool, got {compile!r}")
         self.compile = compile
-        self._compiled: tuple[nn.Module, Any] | None = None
+        self._compiled: dict[nn.Module, Any] = {}
 
     def __call__(self, model: nn.Module, batch: Any) -> Result:
         return self.forward(self._runner(model), batch)
@@ -133,16 +139,284 @@ class FullForward(Scorer):
     def _runner(self, model: nn.Module) -> Any:
         if not self.compile:
             return model
-        if self._compiled is None or self._compiled[0] is not model:
-            self._compiled = model, torch.compile(model)
-        return self._compiled[1]
+        if model not in self._compiled:
+            self._compiled[model] = torch.compile(model)
+        return self._compiled[model]
 
 
-SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (FullForward,)}
+class LowResolution(FullForward):
+    """The forward on smaller images: the model's first argument, [N, C, H, W], resized to (scale H, scale W) before it.
+
+    scale: in (0, 1]; sizes are floor(scale H + 0.5), at least 1. interpolation: "area" or "bilinear" (antialiased).
+    For models that take any size; the losses are those of the small images.
+    """
+
+    name: ClassVar[str] = "low_resolution"
+
+    def __init__(
+        self,
+        *,
+        scale: float,
+        interpolation: str = "area",
+        forward: Forward | None = None,
+        mode: str = "eval",
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(forward=forward, mode=mode, autocast=autocast, compile=compile)
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+            raise TypeError(f"scale must be a number in (0, 1], got {scale!r}")
+        if not 0.0 < scale <= 1.0:
+            raise ValueError(f"scale must be in (0, 1], got {scale!r}")
+        require_choice("interpolation", interpolation, ("area", "bilinear"))
+        self.scale = float(scale)
+        self.interpolation = interpolation
+
+    def __call__(self, model: nn.Module, batch: Any) -> Result:
+        return self.forward(_Resized(self._runner(model), self.scale, self.interpolation), batch)
+
+    def settings(self) -> dict[str, Any]:
+        return {"scale": self.scale, "interpolation": self.interpolation}
+
+
+class _Resized(nn.Module):
+    """A model that shrinks its first argument."""
+
+    def __init__(self, model: Any, scale: float, interpolation: str) -> None:
+        super().__init__()
+        self.model, self.scale, self.interpolation = model, scale, interpolation
+
+    def forward(self, images: Any, *args: Any, **more: Any) -> Any:
+        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+            got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"low_resolution needs images [N, C, H, W] of floats as the model's input, got {got}")
+        size = [max(1, math.floor(self.scale * side + 0.5)) for side in images.shape[2:]]
+        small = F.interpolate(images, size, mode=self.interpolation, antialias=self.interpolation == "bilinear")
+        return self.model(small, *args, **more)
+
+
+class Slim(Scorer):
+    """The forward of a slimmable model at a smaller width, PSP of DynaMS: the model's own weights, a part of its channels.
+
+    width: one of the model's widths; None is the smallest.
+    """
+
+    name: ClassVar[str] = "slim"
+
+    def __init__(
+        self,
+        *,
+        width: float | None = None,
+        forward: Forward | None = None,
+        mode: str = "eval",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(forward=forward, mode=mode, autocast=autocast)
+        if width is not None and (isinstance(width, bool) or not isinstance(width, numbers.Real)):
+            raise TypeError(f"width must be a number or None, got {width!r}")
+        self.width = None if width is None else float(width)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Result:
+        from adaselect_kernels.models.slimmable import use_width, widths_of
+
+        with use_width(model, widths_of(model)[-1] if self.width is None else self.width):
+            return self.forward(model, batch)
+
+    def settings(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+
+class ReferenceExcess(Scorer):
+    """l_i - l_i(reference): what RHO-LOSS ranks by, as losses [N] for any policy; two forwards.
+
+    reference: a model that `forward` serves as well; scored in evaluation mode, whatever mode it is in.
+    unit, ignore_index, label_smoothing: of the losses, where `forward` gives logits (`per_sample_stats`). Ignored rows are
+    NaN, which a policy counts as invalid. Policies that need losses >= 0 (a curriculum) cannot use a difference.
+    """
+
+    name: ClassVar[str] = "reference"
+
+    def __init__(
+        self,
+        *,
+        reference: nn.Module,
+        forward: Forward | None = None,
+        mode: str = "eval",
+        autocast: torch.dtype | None = None,
+        unit: str = "sample",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(forward=forward, mode=mode, autocast=autocast)
+        if not isinstance(reference, nn.Module):
+            raise TypeError(f"reference must be a model (nn.Module), got {type(reference).__name__}")
+        self.reference = reference
+        self._losses = PolicyConfig(1.0, unit=unit, ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        losses = losses_of(self.forward(model, batch), self._losses)
+        with scoring_pass(self.reference, autocast=self.autocast):
+            expected = losses_of(self.forward(self.reference, batch), self._losses)
+        return losses - expected
+
+    def settings(self) -> dict[str, Any]:
+        names = ("unit", "ignore_index", "label_smoothing")
+        return {name: getattr(self._losses, name) for name in names}
+
+
+class Stale(Scorer):
+    """The loss that each row had when it was last seen: no forward at all.
+
+    `update(rows, losses)` after every training step tells it the losses of the rows just trained on. A row not seen yet
+    counts as the largest finite loss told so far, so that it is looked at soon; before any loss all rows are equal (0).
+    A row whose last loss was not finite keeps it, and a policy counts it as invalid.
+
+    rows: how to find the row numbers in a batch, integers [N]: a key or position (batch[rows]) or a function of the batch.
+    size: rows of the training set, or the sized data set.
+    forward: of the model, for `cost` alone.
+    """
+
+    name: ClassVar[str] = "stale"
+
+    def __init__(self, *, rows: RowsOf, size: int | Sized, forward: Forward | None = None) -> None:
+        super().__init__(forward=forward)
+        _check_rows_of(rows)
+        if not isinstance(size, int) and not isinstance(size, Sized):
+            raise TypeError(f"size must be a number of rows or a sized data set, got {type(size).__name__}")
+        self.size = int(size) if isinstance(size, int) else len(size)
+        if isinstance(size, bool) or self.size < 1:
+            raise ValueError(f"size must be at least 1, got {size!r}")
+        self.rows = rows
+        self._table = torch.zeros(self.size + 1)  # the last place takes what has no row
+        self._seen = torch.zeros(self.size + 1, dtype=torch.bool)
+        self._largest = torch.tensor(-math.inf)
+        self._placed = False  # on the device of the first losses, or of the first model
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        tensor = next(chain(model.parameters(), model.buffers()), None)
+        self._place(torch.device("cpu") if tensor is None else tensor.device)
+        rows, inside = self._check_rows(_row_numbers(self.rows, batch))
+        unseen = torch.where(self._largest == -math.inf, 0.0, self._largest)
+        losses = torch.where(self._seen[rows], self._table[rows], unseen)
+        return torch.where(inside, losses, math.nan)
+
+    def update(self, rows: Any, losses: Tensor) -> None:
+        """Remember `losses` [n] of the rows numbered `rows` [n]; of a row that comes twice the last one.
+
+        Raises ValueError (shapes), TypeError (dtypes), IndexError (a row outside the set; among numbers on a GPU such
+        rows are left out instead, as looking would wait for it). Nothing is changed then.
+        """
+        rows = _as_row_numbers(rows)
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            raise TypeError(f"losses must be a tensor of floats, got {getattr(losses, 'dtype', type(losses).__name__)}")
+        if losses.shape != rows.shape:
+            raise ValueError(f"losses must be one a row, [{len(rows)}], got shape {tuple(losses.shape)}")
+        device = self._table.device if self._placed else losses.device
+        places, inside = self._check_rows(rows, device)
+        if len(rows) == 0:
+            return
+        self._place(losses.device)
+        places = torch.where(inside, places, self.size)
+        order = places.argsort(stable=True)
+        places, values = places[order], losses.detach().to(device, torch.float32)[order]
+        last = torch.cat([places[1:] != places[:-1], places.new_ones(1, dtype=torch.bool)])
+        places = torch.where(last, places, self.size)
+        self._table.scatter_(0, places, values)
+        self._seen.scatter_(0, places, True)
+        known = values.isfinite() & inside[order]
+        self._largest = torch.maximum(self._largest, torch.where(known, values, -math.inf).max())
+
+    def settings(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def _place(self, device: torch.device) -> None:
+        if not self._placed:
+            self._table, self._seen = self._table.to(device), self._seen.to(device)
+            self._largest, self._placed = self._largest.to(device), True
+
+    def _check_rows(self, rows: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """`rows` on the device of the table, those outside it replaced by 0, and which are inside."""
+        inside = (rows >= 0) & (rows < self.size)
+        if rows.device.type == "cpu" and not inside.all():
+            raise IndexError(f"row {int(rows[~inside][0])} is outside [0, {self.size})")
+        device = self._table.device if device is None else device
+        return torch.where(inside, rows, 0).to(device), inside.to(device)
+
+    def _state(self) -> dict[str, Any]:
+        seen = self._seen[:-1].clone()
+        losses = torch.where(seen, self._table[:-1], 0.0)
+        return {"losses": losses, "seen": seen, "largest": self._largest.clone()}
+
+    def _load(self, state: Any) -> None:
+        own = self._state()
+        if not isinstance(state, Mapping) or set(state) != set(own):
+            raise ValueError(f"corrupt state: expected {sorted(own)}")
+        for name, value in own.items():
+            got = state[name]
+            if not isinstance(got, Tensor) or got.shape != value.shape or got.dtype != value.dtype:
+                raise ValueError(f"corrupt state: {name} must be {value.dtype} of shape {tuple(value.shape)}")
+        if state["largest"].isnan() or state["largest"] == math.inf:
+            raise ValueError(f"corrupt state: largest must be finite or -inf, got {state['largest'].item()}")
+        self._table[:-1] = state["losses"].to(self._table.device)
+        self._seen[:-1] = state["seen"].to(self._table.device)
+        self._largest = state["largest"].detach().clone().to(self._table.device)
+
+
+class LinearModel(Scorer):
+    """The losses that a linear model predicts from a row's features, without the row: IMPON's, told by its sampler.
+
+    sampler: anything with `predict(rows [N] int64) -> losses [N]`, such as `get_sampler("impon", ...)`. It learns where it
+    always does, in its `observe`; its memory is in its own state_dict.
+    rows, forward: as `Stale` has them.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    def __init__(self, *, sampler: Any, rows: RowsOf, forward: Forward | None = None) -> None:
+        super().__init__(forward=forward)
+        _check_rows_of(rows)
+        if not callable(getattr(sampler, "predict", None)):
+            raise TypeError(f"sampler needs predict(rows) -> losses, got {type(sampler).__name__}")
+        self.sampler = sampler
+        self.rows = rows
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.sampler.predict(_row_numbers(self.rows, batch))
+
+
+def _check_rows_of(rows: Any) -> None:
+    if isinstance(rows, bool) or not (isinstance(rows, (str, int)) or callable(rows)):
+        raise TypeError(f"rows must be a key, a position or a function of the batch, got {rows!r}")
+
+
+def _row_numbers(rows: RowsOf, batch: Any) -> Tensor:
+    return _as_row_numbers(rows(batch) if callable(rows) else batch[rows])
+
+
+def _as_row_numbers(rows: Any) -> Tensor:
+    found = rows if isinstance(rows, Tensor) else torch.as_tensor(rows)
+    if found.dim() != 1:
+        raise ValueError(f"row numbers must be [N], got shape {tuple(found.shape)}")
+    if len(found) and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex()):
+        raise TypeError(f"row numbers must be integers, got {found.dtype}")
+    return found.to(torch.int64)
+
+
+_SCORERS = (FullForward, LowResolution, Stale, LinearModel, Slim, ReferenceExcess)
+SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in _SCORERS}
 
 
 def get_scorer(name: str, **config: Any) -> Scorer:
     """The scorer `name`: for `SelectedBatches(..., forward=scorer)` and for `plan`.
+
+    | name | judges by | settings |
+    |---|---|---|
+    | forward | the forward of the moment | forward, mode, autocast, compile |
+    | low_resolution | the same on smaller images | scale, interpolation, and those of "forward" |
+    | slim | a slimmable model at a smaller width | width, forward, mode, autocast |
+    | reference | the loss minus that of a reference model | reference, unit, ignore_index, label_smoothing, forward, mode, autocast |
+    | stale | the loss when the row was last trained on | rows, size, forward |
+    | linear | the loss that IMPON's linear model predicts | sampler, rows, forward |
 
     Raises ValueError (unknown name, a value outside what is accepted) or TypeError (unknown or missing setting, wrong type).
 
@@ -150,7 +424,7 @@ def get_scorer(name: str, **config: Any) -> Scorer:
     >>> logits, targets = scorer.score(nn.Linear(2, 3), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)))
     >>> logits.dtype, logits.requires_grad
     (torch.bfloat16, False)
-    """
+    """  # noqa: E501
     require_choice("name", name, tuple(SCORERS))
     accepted = inspect.signature(SCORERS[name]).parameters
     unknown = [setting for setting in config if setting not in accepted]
