@@ -93,7 +93,7 @@ class SelectiveBackprop(Baseline):
             chance = torch.where(valid, cdf**power, -math.inf)
             scores = chance.to(torch.float32)
             indices = (uniform_noise(len(chance), step, seed, chance.device) < chance).nonzero()[:, 0]
-            indices = _ordered(indices, scores, self.config.order)
+            indices = _ordered(indices, scores[indices], self.config.order)
         return Selection(indices, scores, base.losses, base.n_valid)
 
     def _follow(self) -> None:
