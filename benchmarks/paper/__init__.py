@@ -1,0 +1,1 @@
+"""The papers' experiments at equal time, against honest controls: `adaselect experiment NAME` and `... report`."""
