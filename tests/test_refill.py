@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import itertools
+import math
 import pathlib
 import re
 import time
@@ -110,6 +111,51 @@ def test_the_last_selection_is_at_hand():
     assert batches.last is None
     (batch,) = batches
     assert torch.equal(batch, batches.loader[0][batches.last.indices])
+
+
+class TestRecord:
+    def test_before_anything(self):
+        batches = SelectedBatches(numbered([4]), nn.Identity(), get_policy("big_loss", 0.5), 2, forward=losses_of)
+        record = batches.record()
+        assert (record.step, record.epoch, record.weights, record.loss_chosen, record.loss_all) == (
+            0,
+            0,
+            None,
+            None,
+            None,
+        )
+        assert math.isnan(record.rate)
+        assert record.seconds == {"load": 0.0, "score": 0.0, "select": 0.0, "update": 0.0}
+
+    def test_in_the_middle(self):
+        losses = torch.tensor([3.0, math.nan, 1.0, 8.0, 4.0, 2.0, 0.5, 0.25])
+        policy = get_policy("adaselection", 0.5, methods=("big_loss", "small_loss"))
+        batches = SelectedBatches([losses] * 3, nn.Identity(), policy, 3, forward=lambda model, batch: batch)
+        for _ in batches:
+            pass
+        record, chosen = batches.record(), losses[batches.last.indices]
+        assert (record.step, record.epoch) == (4, 1)
+        assert record.rate == 4 * 3 / 24  # trained on; all 12 chosen rows are
+        assert record.loss_all == pytest.approx(18.75 / 7)
+        assert record.loss_chosen == pytest.approx(chosen.mean().item())
+        assert record.weights == pytest.approx(
+            dict(zip(("big_loss", "small_loss"), policy.state.weights.tolist(), strict=True))
+        )
+        assert sum(record.weights.values()) == pytest.approx(1)
+        assert record.seconds == vars(batches.seconds)
+        assert record.seconds["score"] > 0
+        assert record.as_dict()["step"] == 4
+
+    def test_waiting_rows_are_not_trained_on(self):
+        batches = SelectedBatches(numbered([10]), nn.Identity(), get_policy("big_loss", 0.5), 4, forward=losses_of)
+        list(batches)
+        assert batches.record().rate == 0.4
+
+    def test_rows_without_a_finite_loss_alone(self):
+        loader = [torch.full((4,), math.nan)]
+        batches = SelectedBatches(loader, nn.Identity(), get_policy("big_loss", 0.5), 2, forward=lambda m, b: b)
+        list(batches)
+        assert (batches.record().loss_chosen, batches.record().loss_all) == (None, None)
 
 
 class Pair(NamedTuple):
@@ -699,7 +745,10 @@ def set_entry(*path_and_value):
 
 CORRUPT = {
     "another format": set_entry("format", 0),
+    "the format before": set_entry("format", 1),
     "an entry too few": lambda state: state.pop("rows"),
+    "weights of a policy that has none": lambda state: state.update(weights=torch.ones(len(state["rows"]))),
+    "a scorer where there is none": set_entry("scorer", {}),
     "an entry too many": set_entry("more", 1),
     "another batch size": set_entry("settings", "batch_size", 5),
     "another mode": set_entry("settings", "mode", "train"),
