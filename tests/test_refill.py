@@ -852,4 +852,4 @@ def test_the_page_runs(block):
 
 
 def test_the_page_has_its_examples():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
