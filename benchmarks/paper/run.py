@@ -4,6 +4,7 @@ A killed run goes on from its checkpoint bit for bit; a finished one is skipped.
 scoring and choosing in it; evaluation, checkpoints and what a method prepares beforehand are outside, the last reported.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaselect_kernels.demo.files import replace_file
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.samplers import get_sampler
 from adaselect_kernels.training import SelectedBatches
+from adaselect_kernels.training.files import replace_file
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.settings import RunConfig, dynams_period, policy_updates
 from benchmarks.paper.tasks import LOSSES, Experiment, build_model, evaluate, scoring
@@ -274,7 +275,9 @@ def reference_losses(config: RunConfig, experiment: Experiment, data: Data, fold
     Two models of the same kind and schedule, each trained on half of the training rows, give the losses of the other half.
     Kept in `folder` for the runs of the same seed.
     """
-    path = folder / f"reference-{config.experiment}-seed{config.seed}-{config.epochs}-{config.width}.pt"
+    names = ("epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "width", "augment", "train", "device")
+    settings = json.dumps([getattr(config, name) for name in names])
+    path = folder / f"reference-seed{config.seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True, map_location=data.train.inputs.device)
     start = time.perf_counter()
