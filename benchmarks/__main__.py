@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu, records, runner
-from benchmarks.micro import GROUPS
+from benchmarks.end_to_end import group as end_to_end
+from benchmarks.groups import GROUPS
 
 
 def _group(name: str) -> str:
@@ -45,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
     run.add_argument("--quick", action="store_true", help="tiny shapes: proves the suite, measures nothing")
+    run.add_argument("--width", type=int, help="end_to_end: channels of the first stage (default 64, on a CPU 16)")
+    run.add_argument("--data", type=Path, metavar="FILE", help="end_to_end: .npz of uint8 images and labels")
 
     page = commands.add_parser("report", help="write docs/performance.md, its figures and the README table")
     page.add_argument("--results", type=Path, default=records.RESULTS, metavar="FOLDER")
@@ -124,7 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
             for case in group.cases(device, False):
                 print(f"  {case.name}")
         return 0
-    groups = [GROUPS[name] for name in args.groups]
+    known = GROUPS | {end_to_end.GROUP.name: end_to_end.group(args.width, args.data)}
+    groups = [known[name] for name in args.groups]
     out = args.out or records.RESULTS / records.device_slug(device)
     documents = runner.run_groups(groups, device, out, quick=args.quick, time_limit=args.time_limit)
     for document in documents:

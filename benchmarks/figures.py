@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.end_to_end.drawing import time_split
 from benchmarks.micro.case import DTYPES
 from benchmarks.micro.growth import PARAMETERS
 
@@ -279,4 +280,5 @@ DRAWINGS: dict[str, dict[str, Callable[[Document], Figure | None]]] = {
     "per_sample_stats": {"": _bandwidth, "roofline": _roofline},
     "select_topk": {"": _topk},
     "growth": {"": _growth, "speedup": _speedup_over},
+    "end_to_end": {"": time_split},
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import records
-from benchmarks.micro import GROUPS
+from benchmarks.groups import GROUPS
 from benchmarks.targets import TARGETS
 
 STEPS = ("build", "tests", "sanitizers", "groups")

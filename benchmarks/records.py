@@ -12,7 +12,7 @@ One file a group, `results/<device>/<group>.json`:
         us {p20, p50, p80}, samples_us [...] in the order of the rounds, inner (callables a sample),
         bytes (fewest the case must move), cache ("warm" or "cold"),
         floor_us and over_floor (median over it), ratio {p20, p50, p80} (this over ours, within each round),
-        gate {check: error found}, extra_bytes (groups that measure memory)
+        gate {check: error found}, extra_bytes (groups that measure memory), and what benchmarks/end_to_end/group.py adds
     fits          growth only: {sweep, contender, quantity, slope, first, last}
 """
 
@@ -33,6 +33,7 @@ import torch
 from adaselect_kernels import dispatch
 
 FORMAT = 1
+CUT_SHORT = "the time limit was reached"  # reason of a record that the next run may fill in
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED_CODE = ("adaselect_kernels", "csrc", "benchmarks", "setup.py")
@@ -171,6 +172,29 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path.name} is not a result file of format {FORMAT}")
     return document
+
+
+def measured_before(path: Path, document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """{case: its records} of an unfinished run in `path` like the one of `document`: same command, sources, environment.
+
+    The date may differ. A case with a record that failed, or that the time limit cut short, is left out.
+    """
+    try:
+        earlier = read(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    same = ("command", "quick", "implementation", "kernels")
+    environments = [{k: v for k, v in d["environment"].items() if k != "date"} for d in (earlier, document)]
+    if earlier["complete"] or any(earlier[k] != document[k] for k in same) or environments[0] != environments[1]:
+        return {}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in earlier["records"]:
+        found.setdefault(record["case"], []).append(record)
+    return {
+        case: rows
+        for case, rows in found.items()
+        if all(r["status"] != "failed" and r["reason"] != CUT_SHORT for r in rows)
+    }
 
 
 def stale(path: Path, hashes: dict[str, str], took: str) -> str | None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, records
+from benchmarks.end_to_end import page as end_to_end
+from benchmarks.groups import GROUPS
 from benchmarks.markdown import number, table
-from benchmarks.micro import GROUPS
 from benchmarks.micro.case import OURS
 from benchmarks.targets import TARGETS, WITHOUT_A_GROUP, Results, Target
 
@@ -115,7 +116,10 @@ def _device_sections(
     found += ["#### Targets\n", _targets_table(kind, index(groups))]
     for name, document in groups.items():
         found += [f"#### {document['title']}\n", f"{_source(folder, document)}\n"]
-        found.append(_growth_table(document) if document["fits"] else _times_table(document))
+        if name == "end_to_end":
+            found.append(end_to_end.times_table(document))
+        else:
+            found.append(_growth_table(document) if document["fits"] else _times_table(document))
         found += [f"![{document['title']}](figures/{path.name})\n" for path in drawn.get(name, [])]
     return found
 

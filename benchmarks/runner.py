@@ -50,40 +50,60 @@ def run_groups(
     for i, group in enumerate(groups):
         left = max(0.0, end - time.monotonic())
         share = group.weight / sum(g.weight for g in groups[i:])
-        document = run_group(group, device, quick=quick, deadline=time.monotonic() + left * share)
-        records.write(out / f"{group.name}.json", document)
+        path, deadline = out / f"{group.name}.json", time.monotonic() + left * share
+        document = run_group(group, device, quick=quick, deadline=deadline, path=path if group.resume else None)
+        records.write(path, document)
         documents.append(document)
     return documents
 
 
-def run_group(group: Group, device: torch.device, *, quick: bool, deadline: float = float("inf")) -> dict[str, Any]:
-    """One group's document (records.py has the format). Cases after the deadline are recorded as skipped."""
+def run_group(
+    group: Group, device: torch.device, *, quick: bool, deadline: float = float("inf"), path: Path | None = None
+) -> dict[str, Any]:
+    """One group's document (records.py has the format). Cases after the deadline are recorded as skipped.
+
+    path: where an earlier run may have left its document. If that was cut short and is of these sources, environment and
+    command, the cases it measured are taken over; and the document so far is written there after each case.
+    """
     began = time.monotonic()
     # before anything runs: the sources may change meanwhile
-    environment, kernels = records.environment(device), records.kernel_hashes(device.type, group.families)
+    document = {
+        "format": records.FORMAT,
+        "group": group.name,
+        "title": group.title,
+        "command": " ".join(
+            ["python -m benchmarks run", group.name, *[group.arguments] * bool(group.arguments), *["--quick"] * quick]
+        ),
+        "quick": quick,
+        "complete": False,
+        "seconds": 0.0,
+        "implementation": records.implementation(device),
+        "environment": records.environment(device),
+        "kernels": records.kernel_hashes(device.type, group.families),
+        "records": [],
+        "fits": [],
+    }
     cases = group.cases(device, quick)
+    done = {} if path is None else records.measured_before(path, document)
     found: list[dict[str, Any]] = []
     with progress(group.title, len(cases)) as announce:
         for i, case in enumerate(cases):
             announce(case.name)
+            if case.name in done:
+                found += done[case.name]
+                continue
             left = deadline - time.monotonic()
             if left <= 0:
-                found.append(_record(case, OURS, "ours", "skipped", "the time limit was reached"))
+                found.append(_record(case, OURS, "ours", "skipped", records.CUT_SHORT))
                 continue
             least, most = CASE_SECONDS
             budget = QUICK_SECONDS if quick else min(max(TIMED_SHARE * left / (len(cases) - i), least), most)
             found += run_case(case, device, budget_s=budget, quick=quick, deadline=deadline, memory=group.memory)
-    return {
-        "format": records.FORMAT,
-        "group": group.name,
-        "title": group.title,
-        "command": f"python -m benchmarks run {group.name}{' --quick' if quick else ''}",
-        "quick": quick,
-        "complete": not any(r["reason"] == "the time limit was reached" for r in found),
+            if path is not None:
+                records.write(path, document | {"seconds": round(time.monotonic() - began, 1), "records": found})
+    return document | {
+        "complete": not any(r["reason"] == records.CUT_SHORT for r in found),
         "seconds": round(time.monotonic() - began, 1),
-        "implementation": records.implementation(device),
-        "environment": environment,
-        "kernels": kernels,
         "records": found,
         "fits": group.fits(found),
     }
@@ -93,7 +113,8 @@ def run_case(
     case: Case, device: torch.device, *, budget_s: float, quick: bool, deadline: float, memory: bool
 ) -> list[dict[str, Any]]:
     """Gate and prepare each contender, time those that passed together, and describe all of them."""
-    _release(device)
+    if case.finish is None:
+        _release(device)
     cache = timing.cache_bytes(device)
     buffers = 2 if quick else timing.buffer_count(case.input_bytes, cache)
     try:
@@ -104,20 +125,22 @@ def run_case(
     done: dict[str, dict[str, Any]] = {}
     for contender in contenders:
         if time.monotonic() > deadline:
-            done[contender.name] = _record(
-                case, contender.name, contender.role, "skipped", "the time limit was reached"
-            )
+            done[contender.name] = _record(case, contender.name, contender.role, "skipped", records.CUT_SHORT)
             continue
         done[contender.name], prepared = _prepare(case, contender)
         if prepared is not None:
             ready[contender.name] = prepared
     settings = {"min_sample_s": 1e-4, "warm_s": 0.0} if quick else {}
+    if case.finish is not None:
+        settings = {"min_sample_s": 0.0, "warm_s": 0.0}
     samples = timing.interleave(ready, device, budget_s=budget_s, deadline=deadline, **settings)
     for name, taken in samples.items():
         _add_times(done[name], taken, cold=case.input_bytes * timing.COLD_SHARE >= cache, bytes_=case.min_bytes)
         if memory and taken.error is None:
             done[name]["extra_bytes"] = timing.extra_bytes(ready[name].calls[0], device)
     _compare(done, samples, case, device)
+    if case.finish is not None:
+        case.finish(done)
     return list(done.values())
 
 

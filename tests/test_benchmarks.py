@@ -20,7 +20,7 @@ from adaselect_kernels.functional import selected_count
 from adaselect_kernels.options import METHODS, STATS
 from benchmarks import gate, gpu, naive, records, runner, timing
 from benchmarks.__main__ import main
-from benchmarks.micro import GROUPS
+from benchmarks.groups import GROUPS
 from benchmarks.micro.case import OURS, Case, Contender, Group, Unavailable, floors, make_logits
 from benchmarks.targets import TARGETS, Target
 from benchmarks.timing import Prepared, Samples

@@ -40,6 +40,8 @@ class Case:
     params: what the report sorts and plots by (n, classes, dtype, ...).
     input_bytes, min_bytes: of one set of inputs; the fewest bytes the function must move.
     build: (device, buffers) -> contenders, with the inputs made; called once, just before the case is timed.
+    finish: of a case whose callables are long samples that split themselves: {contender: record} to complete. Each is then
+        called once to warm up and once a round, and what was compiled is kept for the next case.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Case:
     input_bytes: int
     min_bytes: int
     build: Callable[[torch.device, int], Sequence[Contender]]
+    finish: Callable[[dict[str, dict[str, Any]]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Group:
     """cases(device, quick) -> the cases; fits(records) -> growth exponents.
 
     weight: share of a run's time; memory: also record the extra memory of a call; families: of records.FAMILIES, those it
-    times, so that a change of another leaves its results current.
+    times, so that a change of another leaves its results current; resume: a run that the time limit cut short is continued
+    by the next one of the same sources and environment; arguments: of the command, beyond the group's name.
     """
 
     name: str
@@ -62,6 +66,8 @@ class Group:
     cases: Callable[[torch.device, bool], Sequence[Case]]
     weight: float = 1.0
     memory: bool = False
+    resume: bool = False
+    arguments: str = ""
     families: tuple[str, ...] = records.SELECTION
     fits: Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]] = field(default=lambda records: [])
 

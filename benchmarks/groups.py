@@ -1,0 +1,7 @@
+"""Every group of `python -m benchmarks`, in the order they run."""
+
+from benchmarks import micro
+from benchmarks.end_to_end import group as end_to_end
+from benchmarks.micro.case import Group
+
+GROUPS: dict[str, Group] = micro.GROUPS | {end_to_end.GROUP.name: end_to_end.GROUP}
