@@ -1,6 +1,7 @@
-"""The command `adaselect`: doctor and demo."""
+"""The command `adaselect`: doctor, demo and experiment."""
 
 import argparse
+import importlib
 import json
 import math
 import sys
@@ -15,7 +16,10 @@ INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Wrong arguments exit with 2, as argparse does."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, options.rest = parser.parse_known_args(arguments)
+    if options.rest and options.run is not _experiment:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     return options.run(options)
 
 
@@ -41,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--repeats", type=_at_least(1), default=3, help="runs of every method, each with its own seed")
     demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first repeat")
     demo.set_defaults(run=_demo)
+
+    # It has arguments of its own, known to the checkout's benchmarks: they are parsed there.
+    experiment = commands.add_parser("experiment", help="the papers' experiments, and their report", add_help=False)
+    experiment.set_defaults(run=_experiment)
     return parser
 
 
@@ -66,6 +74,28 @@ def _demo(options: argparse.Namespace) -> int:
         return 0 if demo.run(config, options.output) else INTERRUPTED
     except KeyboardInterrupt:  # while results were being written: each file is whole or absent
         return INTERRUPTED
+
+
+def _experiment(options: argparse.Namespace) -> int:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "paper" / "command.py").is_file():
+        print(
+            "adaselect experiment runs from a checkout of the repository: benchmarks/paper is not beside this package",
+            file=sys.stderr,
+        )
+        return 1
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))  # the processes of the runs inherit it
+    try:
+        command = importlib.import_module("benchmarks.paper.command")
+        parser = argparse.ArgumentParser(prog="adaselect experiment", description=command.__doc__)
+        command.add_arguments(parser)
+        return command.run(parser.parse_args(options.rest))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in doctor.DEMO_PACKAGES:
+            raise
+        print(f"adaselect experiment needs {error.name}: pip install 'adaselect_kernels[demo]'", file=sys.stderr)
+        return 1
 
 
 def _at_least(least: int) -> Callable[[str], int]:
