@@ -310,7 +310,8 @@ def slim_cost(
 
     batch: inputs, or a pair (inputs, targets), or anything that `forward(model, batch)` takes.
     The fastest of `repeats` forwards of each, run alternately after one of each, on a copy of the model: what else the
-    machine does must not count. The model and torch's random streams are as before. PSP saves arithmetic only if Q keep < (1 - rho) / (3 rho).
+    machine does must not count. The model and torch's random streams are as before.
+    PSP saves arithmetic only if Q keep < (1 - rho) / (3 rho).
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
