@@ -8,7 +8,7 @@ import torch
 from adaselect_kernels import cli
 from adaselect_kernels.demo import DemoConfig, figures, replay, report, run, session
 from adaselect_kernels.demo.config import TRAIN_SAMPLES, VARIANTS
-from adaselect_kernels.demo.files import replace_file
+from adaselect_kernels.training.files import replace_file
 from adaselect_kernels.demo.task import CandidateBatches, load_task
 from adaselect_kernels.doctor import DEMO_PACKAGES
 

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from adaselect_kernels.demo.config import VARIANTS
-from adaselect_kernels.demo.files import replace_file
+from adaselect_kernels.training.files import replace_file
 
 # Okabe and Ito's palette, told apart by the colour-blind; a line style besides, for print.
 _STYLES = dict(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from adaselect_kernels import doctor
 from adaselect_kernels.demo.config import VARIANTS, DemoConfig, Variant
-from adaselect_kernels.demo.files import replace_file
+from adaselect_kernels.training.files import replace_file
 
 PARTS = ("scoring", "selection", "update", "other")
 CAVEAT = "A small task on a CPU: whether fewer backward passes pay off depends on the task and the hardware."

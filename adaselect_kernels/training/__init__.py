@@ -1,8 +1,26 @@
 """Training with selection: the scoring pass, and full batches of chosen samples from any loader."""
 
 from adaselect_kernels.training.batches import Rows
+from adaselect_kernels.training.planner import Plan, PlanWarning, plan
 from adaselect_kernels.training.refill import Counts, Seconds, SelectedBatches
+from adaselect_kernels.training.schedules import ScheduleWarning, check_schedule, planned_updates, scale_schedule
 from adaselect_kernels.training.scorers import Scorer, get_scorer
 from adaselect_kernels.training.scoring import score, scoring_pass
 
-__all__ = ["Counts", "Rows", "Scorer", "Seconds", "SelectedBatches", "get_scorer", "score", "scoring_pass"]
+__all__ = [
+    "Counts",
+    "Plan",
+    "PlanWarning",
+    "Rows",
+    "ScheduleWarning",
+    "Scorer",
+    "Seconds",
+    "SelectedBatches",
+    "check_schedule",
+    "get_scorer",
+    "plan",
+    "planned_updates",
+    "scale_schedule",
+    "score",
+    "scoring_pass",
+]
