@@ -1,7 +1,7 @@
 """Compiles shipped kernel configurations ahead of time for a GPU that need not be there, and reads what came out.
 
-What a kernel streams is the largest block it loads through its first argument: logits, losses or scores. Every load of that
-block must have the width the configuration declares (`load_bits`), and so must every other load in a loop that holds one:
+What a kernel streams is the largest block it loads through its first argument: logits, losses, scores or features. Every load
+of that block must have the width the configuration declares (`load_bits`), and so must every other load in a loop that holds one:
 a single wide load among narrow ones is no proof. Triton's intermediate code says which source positions load the block; the
 PTX, or the assembly of AMD, says under the same positions (`.loc`) how wide each load is, and its labels and branches back
 say where the loops are.
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adaselect_kernels.kernels import batch_stage, fused, grad_norms, row_stats, select
+from adaselect_kernels.kernels import bank, batch_stage, fused, grad_norms, row_stats, select
 from adaselect_kernels.kernels.runtime import TRITON_VERSION, Compilation
 
 TARGETS = {
@@ -38,6 +38,7 @@ FAMILIES: dict[str, Any] = {
     "select": select,
     "fused": fused,
     "grad_norms": grad_norms,
+    "bank": bank,
 }
 ROOMY = ("sm_80", "sm_90", "sm_100")  # targets that run shipped_for_roomy()
 WORKERS = 2

@@ -436,6 +436,7 @@ def opcheck_inputs(generator, layout, with_state):
         "per_sample_stats": (logits, targets, ALL_STATS, "sample", -100, 0.1),
         "batch_scores": (losses, grad_norms, losses > 0.1, state, codes, 3, 5, options),
         "select_topk": (losses, 3, True, "score"),
+        "bank_select": (logits[0], torch.tensor([3, 0, 4, 0])[::2], torch.rand(5, generator=generator), 1.5, 1, True),
         "select_from_losses": (losses, grad_norms, state, codes, 3, "index", 5, options),
         "fused_select": (logits, targets, state, codes, 2, "token", "index", -100, 0.0, 5, options),
     }

@@ -1,6 +1,6 @@
 """Triton implementations of the operators, one file a family; each takes exactly the arguments of its schema in ops.py."""
 
-from adaselect_kernels.kernels.bank_select import bank_select
+from adaselect_kernels.kernels.bank import bank_select
 from adaselect_kernels.kernels.batch_stage import batch_scores, select_from_losses
 from adaselect_kernels.kernels.fused import fused_select
 from adaselect_kernels.kernels.grad_norms import (

@@ -19,6 +19,7 @@ from adaselect_kernels import (
     select_from_losses,
     select_topk,
 )
+from adaselect_kernels.functional import bank_select
 from adaselect_kernels.options import METHODS, STATS
 
 OURS = AdaSelectionOptions(update="log_ratio", standardize=True, weight_floor=0.1, curriculum_power=-0.5)
@@ -49,6 +50,10 @@ def paths(device: torch.device) -> dict[str, Callable[[], Any]]:
 
     def topk(n: int, k: int, **keywords: Any) -> Callable[[], Any]:
         return lambda: select_topk(torch.randn(n, device=device).round(decimals=1), k, impl="triton", **keywords)
+
+    def bank(n: int, dtype: torch.dtype) -> Callable[[], Any]:
+        features, rows = torch.randn(301, 37, device=device).to(dtype), torch.randint(301, (n,), device=device)
+        return lambda: bank_select(features, rows, torch.randn(38, device=device), n // 7, impl="triton")
 
     def baseline(method: str, n: int) -> Callable[[], Any]:
         policy = get_policy(method, 0.3)
@@ -81,6 +86,8 @@ def paths(device: torch.device) -> dict[str, Callable[[], Any]]:
         "top-k, radix": topk(20_011, 4000, order="index"),
         "top-k, radix, ranked": topk(20_011, 4000, largest=False, order="score"),
         "top-k, radix, sorted": topk(20_011, 9001, order="score"),
+        "a bank, one launch": bank(201, torch.bfloat16),
+        "a bank, more than a program": bank(5003, torch.float32),
         "losses, one program": losses(1000, OURS),
         "losses, in turn": losses(5003, OURS),
         "losses, method losses of the selected": losses(5003, SELECTED),

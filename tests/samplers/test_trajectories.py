@@ -189,7 +189,7 @@ def test_uniform(name, settings, drop_last):
     k = 23 if settings else n  # floor(0.45 * 50 + 0.5)
     while len(expected) < STEPS:
         order = permutation(n, generator)[:k]
-        for rows in (order[i : i + b] for i in range(0, k, b)):
-            if len(rows) == b or not drop_last:
-                expected.append((rows.tolist(), None, numpy_model.step(x[rows], y[rows])))
+        for i in range(0, k // b * b if drop_last else k, b):
+            rows = order[i : i + b]
+            expected.append((rows.tolist(), None, numpy_model.step(x[rows], y[rows])))
     compare(steps, expected[:STEPS])
