@@ -1,4 +1,4 @@
-"""`adaselect experiment NAME` and `adaselect experiment report`."""
+"""Run one of the papers' experiments, or write docs/experiments.md from their results."""
 
 import argparse
 import dataclasses
