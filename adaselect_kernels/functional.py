@@ -59,6 +59,10 @@ class WeightedSelection(Selection):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return (*self, self.weights)  # copies and pickles keep them
 
+    def _replace(self, **changes: Tensor) -> "WeightedSelection":
+        weights = changes.pop("weights", self.weights)
+        return WeightedSelection(*Selection(*self)._replace(**changes), weights)
+
 
 class SampleStats(NamedTuple):
     """Per-sample statistics, [N] float32 each (float64 for float64 logits); None where not asked for."""

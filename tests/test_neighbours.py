@@ -400,6 +400,10 @@ class TestImportance:
         for other in (copy.deepcopy(chosen), pickle.loads(pickle.dumps(chosen))):
             assert torch.equal(other.weights, chosen.weights)
             assert torch.equal(other.indices, indices)
+        other = chosen._replace(indices=indices + 1)
+        assert torch.equal(other.weights, chosen.weights)
+        assert torch.equal(other.indices, indices + 1)
+        assert torch.equal(chosen._replace(weights=indices).weights, indices)
 
 
 @pytest.mark.parametrize("name", ["rs2", "impon", "p_sgd", "c_sgd", "infobatch", "dynams"])
