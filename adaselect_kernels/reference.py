@@ -318,7 +318,9 @@ def bank_select(
     if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not inside.all():
         place = int((~inside).to(torch.int8).argmax())
         raise IndexError(f"row {int(rows[place])} at place {place} of the bank is outside [0, {features.shape[0]})")
-    predictions = features[rows.where(inside, 0)].to(theta.dtype) @ theta[:-1] + norm * theta[-1]
+    # a sum a row, not a matrix product, whose order of summation differs from row to row: equal rows tie exactly
+    x = features[rows.where(inside, 0)].to(theta.dtype).contiguous()
+    predictions = (x * theta[:-1]).sum(1) + norm * theta[-1]
     predictions = predictions.where(inside, math.nan)
     return rows[select_topk(predictions, k, largest, "index")], predictions
 

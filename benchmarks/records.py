@@ -48,6 +48,7 @@ FAMILIES = {
     "select": ("select",),
     "batch_stage": ("batch_stage",),
     "grad_norms": ("grad_norms", "layer_sq_norms", "embedding_norms"),
+    "bank": ("bank",),
 }
 SELECTION = tuple(FAMILIES)[:3]
 
