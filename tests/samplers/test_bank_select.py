@@ -1,27 +1,18 @@
-"""The operator bank_select: values, ties, layouts and errors of every implementation, and what ships for a GPU.
-
-The Triton kernel runs here only when interpreted: TRITON_INTERPRET=1 python -m pytest tests/samplers/test_bank_select.py.
-"""
+"""The operator bank_select: values, ties, layouts and errors; its Triton kernel is in test_triton_bank.py."""
 
 import importlib.util
-import math
-import os
 
-import numpy as np
 import pytest
 import torch
 
 from adaselect_kernels import dispatch
 from adaselect_kernels.functional import bank_select
+from tests.samplers.bank import DTYPES, LAYOUTS, check, check_ties, draw
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLS = ["triton"] if INTERPRETED else ["reference", *(["cpu"] if dispatch.EXTENSION is not None else [])]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8]
+IMPLS = ["reference", *(["cpu"] if dispatch.EXTENSION is not None else [])]
 # columns around the vector and unrolling widths, and around a program's piece; banks around one block and one program
 SHAPES = [(30, 1, 9), (30, 15, 30), (40, 64, 1), (50, 131, 20), (300, 513, 200), (150, 1100, 130)]
 SHAPES += [(5000, 3, 4500)]  # more than one program chooses from
-if INTERPRETED:  # slow
-    SHAPES = [(30, 1, 9), (50, 131, 21), (40, 513, 10)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,42 +23,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def draw(generator, total, columns, n, dtype, layout="contiguous"):
-    if dtype == torch.uint8:
-        features = torch.randint(0, 256, (total, columns), generator=generator, dtype=dtype)
-    else:
-        features = torch.randn(total, columns, generator=generator, dtype=torch.float64).to(dtype)
-    if layout == "transposed":
-        features = features.t().contiguous().t()
-    elif layout == "padded":
-        features = torch.cat([features, features], 1)[:, :columns]
-    rows = torch.randint(total, (2 * n,), generator=generator)[::2]  # with repeats, strided
-    theta = torch.randn(
-        columns + 1, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32
-    )
-    return features, rows, theta
-
-
-def check(features, rows, theta, norm, k, largest, impl):
-    picked, predictions = bank_select(features, rows, theta, k, norm=norm, largest=largest, impl=impl)
-    assert predictions.dtype == theta.dtype
-    x, t = features.double().numpy()[rows.numpy()], theta.double().numpy()
-    expected = x @ t[:-1] + norm * t[-1]
-    # a sum of D terms in the dtype of theta, however it is ordered
-    unit = torch.finfo(theta.dtype).eps / 2
-    bound = (features.shape[1] + 2) * unit * (np.abs(x) @ np.abs(t[:-1]) + abs(norm * t[-1])) + 1e-300
-    assert np.all(np.abs(predictions.double().numpy() - expected) <= bound)
-    scores = predictions.double().numpy() if largest else -predictions.double().numpy()
-    places = np.sort(np.argsort(-scores, kind="stable")[:k])
-    assert picked.tolist() == rows.numpy()[places].tolist()
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_picks(impl, dtype, generator):
     for i, shape in enumerate(SHAPES):
         n = shape[2]
-        for layout in ("contiguous", "transposed", "padded"):
+        for layout in LAYOUTS:
             features, rows, theta = draw(generator, *shape, dtype, layout)
             for k, largest in ((max(1, n // 6), True), (n, True), (1, False)):
                 check(features, rows, theta, 2.5 if i % 2 else 0.0, k, largest, impl)
@@ -75,17 +36,7 @@ def test_values_and_picks(impl, dtype, generator):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ties_go_to_the_earlier_place_and_nan_comes_last(impl, generator):
-    features = torch.randn(7, 37, generator=generator)
-    rows = torch.tensor([5, 2, 6, 2, 0, 5, 3])
-    assert bank_select(features, rows, torch.zeros(38), 3, norm=9.0, impl=impl)[0].tolist() == [5, 2, 6]
-    features[:] = features[0].clone()
-    features[6] = math.nan
-    theta = torch.randn(38, generator=generator)
-    for largest in (False, True):
-        picked, predictions = bank_select(features, rows, theta, 4, largest=largest, impl=impl)
-        assert len(set(predictions[rows != 6].tolist())) == 1, "identical rows, wherever they stand"
-        assert picked.tolist() == [5, 2, 2, 0]
-    assert bank_select(features, rows, theta, 7, impl=impl)[0].tolist() == rows.tolist()
+    check_ties(impl, generator)
 
 
 @pytest.mark.skipif("cpu" not in IMPLS, reason="needs the compiled extension")
@@ -99,7 +50,6 @@ def test_threads_change_no_bit(generator):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the dispatcher, once")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_opcheck_and_the_dispatcher(generator, layout):
     for dtype in (torch.float32, torch.uint8, torch.float64):
@@ -111,7 +61,6 @@ def test_opcheck_and_the_dispatcher(generator, layout):
         assert all(torch.equal(a, b) for a, b in zip(direct, registered, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot be traced")
 def test_compiled_as_one_graph(generator):
     features, rows, theta = draw(generator, 20, 6, 9, torch.float32)
     compiled = torch.compile(
@@ -141,7 +90,6 @@ WRONG = {
 }
 
 
-@pytest.mark.skipif(INTERPRETED, reason="before any implementation")
 @pytest.mark.parametrize(("arguments", "settings", "error", "message"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_arguments(arguments, settings, error, message):
     with pytest.raises(error, match=message):
@@ -152,13 +100,8 @@ def test_wrong_arguments(arguments, settings, error, message):
 @pytest.mark.parametrize("row", [-1, 5])
 def test_rows_outside(impl, row):
     rows = torch.tensor([0, row, 4])
-    if impl != "triton":
-        with pytest.raises(IndexError, match=rf"row {row} at place 1 of the bank is outside \[0, 5\)"):
-            bank_select(F, rows, T, 1, impl=impl)
-        return
-    picked, predictions = bank_select(F, rows, T, 2, impl=impl)
-    assert predictions.isnan().tolist() == [False, True, False]
-    assert picked.tolist() == [0, 4]
+    with pytest.raises(IndexError, match=rf"row {row} at place 1 of the bank is outside \[0, 5\)"):
+        bank_select(F, rows, T, 1, impl=impl)
 
 
 @pytest.mark.skipif("cpu" not in IMPLS, reason="needs the compiled extension")
@@ -178,31 +121,7 @@ def test_direct_calls_are_checked():
             operator(*arguments)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-def test_one_launch_up_to_a_program_of_rows(monkeypatch, generator):
-    from adaselect_kernels.kernels import bank, runtime
-
-    assert bank.ONE_PROGRAM_ROWS == 4096
-    monkeypatch.setattr(bank, "ONE_PROGRAM_ROWS", 64)
-    runtime.forget()
-    log = []
-    dispatched = runtime.Launch._dispatch
-
-    def record(launch, tensors, options):
-        log.append(launch.kernel.fn.__name__)
-        return dispatched(launch, tensors, options)
-
-    monkeypatch.setattr(runtime.Launch, "_dispatch", record)
-    for n, expected in ((64, ["bank_kernel"]), (65, ["bank_kernel", "block_kernel"])):
-        log.clear()
-        check(*draw(generator, 300, 3, n, torch.float32), 1.0, 5, True, "triton")
-        assert log == expected
-    runtime.forget()
-
-
-@pytest.mark.skipif(
-    INTERPRETED or importlib.util.find_spec("triton") is None, reason="compiles for a GPU that need not be there"
-)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's compiler")
 def test_the_main_configuration_compiles_ahead_of_time():
     """The others are compiled with every family's, in test_triton_aot.py."""
     from benchmarks import aot
