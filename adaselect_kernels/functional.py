@@ -59,7 +59,7 @@ class WeightedSelection(Selection):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return (*self, self.weights)  # copies and pickles keep them
 
-    def _replace(self, **changes: Tensor) -> "WeightedSelection":
+    def _replace(self, **changes: Tensor) -> "WeightedSelection":  # pyright: ignore[reportIncompatibleMethodOverride]
         weights = changes.pop("weights", self.weights)
         return WeightedSelection(*Selection(*self)._replace(**changes), weights)
 
