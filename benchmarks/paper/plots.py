@@ -1,6 +1,7 @@
 """Figures of docs/experiments.md; each names the file and the command that its numbers come from."""
 
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 from benchmarks.paper.settings import BETA_RATE, METHODS
 from benchmarks.paper.tables import Results, Spread, chosen, time_ratio
 
-FOOTER_INCHES = 0.25
 WEIGHTS = ("ada3-relative", "ada3-log_ratio", "ada4-relative")
 CONTROLS = ("none", "short_scored", "rs2", "uniform")
 COLORS = {
@@ -30,9 +30,10 @@ def draw(results: Results, out: Path, source: str) -> dict[str, Path]:
         figure = drawing(results)
         if figure is None:
             continue
-        margin = FOOTER_INCHES / figure.get_figheight()
+        lines = textwrap.wrap(source, int(21 * figure.get_figwidth()))
+        margin = (0.1 + 0.11 * len(lines)) / figure.get_figheight()
         figure.set_layout_engine("constrained", rect=(0, margin, 1, 1 - margin))
-        figure.text(0.01, margin / 3, source, fontsize=6, color="#555555")
+        figure.text(0.01, 0.01, "\n".join(lines), fontsize=6, color="#555555", verticalalignment="bottom")
         out.mkdir(parents=True, exist_ok=True)
         found[kind] = out / f"experiments-{results.summary['experiment']}-{kind}.png"
         figure.savefig(found[kind], dpi=130, metadata={"Software": None})
@@ -58,7 +59,7 @@ def shown(results: Results) -> dict[str, tuple[str, str]]:
 def _over_time(results: Results) -> Figure | None:
     """Test metric over training seconds: means over seeds of both, record by record."""
     rate = near_rate(results)
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure, axes = plt.subplots(figsize=(9, 4.5))
     for name, (label, color) in shown(results).items():
         curves = [run["curve"] for run in results.at(name, rate).values() if not run["final"]["diverged"]]
         curves = [curve for curve in curves if len(curve["test"]) == max(len(c["test"]) for c in curves)]
@@ -76,7 +77,7 @@ def _over_rate(results: Results) -> Figure | None:
     """Final test metric over the sampling rate, with the standard deviation over seeds."""
     if len(results.rates) < 2:
         return None
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure, axes = plt.subplots(figsize=(9, 4.5))
     for name, (label, color) in shown(results).items():
         found = [(rate, Spread.of(results.values(name, rate))) for rate in results.rates]
         found = [(rate, spread) for rate, spread in found if spread.count]
@@ -97,7 +98,7 @@ def _seconds_over_rate(results: Results) -> Figure | None:
     """Training time over that without selection, and the limit of each kind."""
     if len(results.rates) < 2 or "none" not in results.methods:
         return None
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure, axes = plt.subplots(figsize=(9, 4.5))
     for name, (label, color) in shown(results).items():
         found = [(rate, ratio) for rate in results.rates if (ratio := time_ratio(results, name, rate)) is not None]
         if found and METHODS[name].rated:
@@ -109,7 +110,7 @@ def _seconds_over_rate(results: Results) -> Figure | None:
     axes.set_ylabel("training time over no selection")
     axes.set_ylim(bottom=0)
     axes.set_title(results.summary["title"])
-    axes.legend(fontsize=7)
+    _legend_beside(axes)
     return figure
 
 
@@ -157,7 +158,7 @@ def _beta(results: Results) -> Figure | None:
     if len(found) < 2:
         return None
     found.sort()
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(8, 4))
     bars = [0.0 if spread.count < 2 else spread.deviation for _, spread in found]
     axes.errorbar(
         [beta for beta, _ in found], [spread.mean for _, spread in found], yerr=bars,
@@ -173,7 +174,11 @@ def _finish_axes(axes: Any, results: Results, x: str, note: str) -> None:
     if not results.summary["higher_is_better"]:
         axes.set_yscale("log")
     axes.set_title(", ".join(filter(None, (results.summary["title"], note))), fontsize=10)
-    axes.legend(fontsize=7)
+    _legend_beside(axes)
+
+
+def _legend_beside(axes: Any) -> None:
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def _means(columns: Iterable[Sequence[float]]) -> list[float]:

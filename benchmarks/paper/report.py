@@ -144,8 +144,10 @@ def _overview(found: Sequence[Results]) -> str:
                 ]
             )
     head = ["experiment", "AdaSelection against", "test metric, difference", "verdict", "time over no selection"]
-    text = "## Does it pay?\n\nDifferences are paired by seed, each the mean over the rates; better or worse means beyond two"
-    text += " standard errors. Accuracy should rise, losses should fall.\n\n"
+    text = "## Does it pay?\n\nDifferences are paired by seed, each the mean over the rates; better or worse means that"
+    text += (
+        " the 95 % interval of the mean (Student's t) leaves out zero. Accuracy should rise, losses should fall.\n\n"
+    )
     return text + table(head, rows)
 
 

@@ -152,13 +152,18 @@ class Difference:
     count: int
 
     def verdict(self, higher_is_better: bool) -> str:
-        """better or worse where the mean is beyond two standard errors, else no difference seen."""
+        """better or worse where the 95 % interval of the mean (Student's t) leaves out zero, else no difference seen."""
         if self.count < 2:
             return "one seed: not known"
-        error = self.deviation / math.sqrt(self.count)
-        if abs(self.mean) <= 2 * error:
+        if abs(self.mean) <= t_95(self.count) * self.deviation / math.sqrt(self.count):
             return "no difference seen"
         return "better" if (self.mean > 0) == higher_is_better else "worse"
+
+
+def t_95(count: int) -> float:
+    """Two-sided 95 % quantile of Student's t with count - 1 degrees of freedom, from a table; above it the next smaller."""
+    table = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 20: 2.093}
+    return table[max(n for n in table if n <= count)]
 
 
 def difference(results: Results, method: str, other: str, what: str = "test") -> Difference | None:
