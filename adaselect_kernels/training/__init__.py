@@ -6,6 +6,7 @@ from adaselect_kernels.training.refill import Counts, Seconds, SelectedBatches
 from adaselect_kernels.training.schedules import ScheduleWarning, check_schedule, planned_updates, scale_schedule
 from adaselect_kernels.training.scorers import Scorer, get_scorer
 from adaselect_kernels.training.scoring import score, scoring_pass
+from adaselect_kernels.training.trainer import Trainer
 
 __all__ = [
     "Counts",
@@ -16,6 +17,7 @@ __all__ = [
     "Scorer",
     "Seconds",
     "SelectedBatches",
+    "Trainer",
     "check_schedule",
     "get_scorer",
     "plan",

@@ -306,7 +306,7 @@ def plan(
         )
         scorer = FullForward() if scorer is None else scorer
     elif scorer is None and hasattr(sampler, "needs_scores"):
-        scorer = FullForward()
+        scorer = FullForward() if loss is None else loss  # only timed
     seconds = _measure(model, batch, scorer, policy, loss or cross_entropies, optimizer, repeats)
     slim = isinstance(scorer, Scorer) and scorer.name == "slim"
     made = Plan(
@@ -387,15 +387,24 @@ def _update_of_a_copy(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
 
 def _seconds_of_draws(sampler: Any, repeats: int) -> float:
     """Seconds for a batch drawn and learned from, on a copy, with the epoch's preparation spread over its batches."""
-    own = vars(sampler)
-    shared = {id(v): v for name, v in own.items() if isinstance(v, nn.Module) or name in ("features", "labels")}
     with random_streams_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the losses that it is told are made up
-        _times_of_draws(copy.deepcopy(sampler, dict(shared)), repeats)  # the first time is not counted
-        trial = copy.deepcopy(sampler, dict(shared))
+        _times_of_draws(_copy_before_the_first_epoch(sampler), repeats)  # the first time is not counted
+        trial = _copy_before_the_first_epoch(sampler)
         times = _times_of_draws(trial, repeats)
     typical = median(times[1:] or times)
     return typical + max(times[0] - typical, 0.0) / len(trial)
+
+
+def _copy_before_the_first_epoch(sampler: Any) -> Any:
+    """A copy that knows what the sampler knows, with no epoch behind it: the next one might need scores or losses first."""
+    own = vars(sampler)
+    shared = {id(v): v for name, v in own.items() if isinstance(v, nn.Module) or name in ("features", "labels")}
+    trial = copy.deepcopy(sampler, shared)
+    trial._begun = trial._planned = trial._emitted = trial._told = 0
+    trial._in_flight.clear()
+    trial._resumed, trial._prepared = False, None
+    return trial
 
 
 def _times_of_draws(sampler: Any, most: int) -> list[float]:
