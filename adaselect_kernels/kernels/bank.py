@@ -16,7 +16,11 @@ from adaselect_kernels.kernels.runtime import Compilation, Launch, cached, ceil_
 from adaselect_kernels.kernels.select import ONE_PROGRAM_ROWS, block_size, block_warps, select_block, select_topk
 
 ROWS = 4  # of a program: 50 programs for a bank of 200
-COLUMNS = 512  # at a time: 16 values a thread of 4 warps
+
+
+def columns(double: bool, warps: int) -> int:
+    """At a time: each thread loads 16 bytes of theta and as many of each row."""
+    return (64 if double else 128) * warps
 
 
 @triton.jit(do_not_specialize=["n", "k", "total", "programs", "norm_bits"])
@@ -63,7 +67,7 @@ def bank_select(
     predictions = torch.empty(n, dtype=theta.dtype, device=features.device)
     picked = torch.empty(k, dtype=torch.int64, device=features.device)
     with launch_device(features):
-        launch = _launch(n, k, *features.shape, *features.stride(), largest)
+        launch = _launch(n, k, *features.shape, *features.stride(), theta.dtype == torch.float64, largest)
         arrivals = counters(features.device, 1)
         launch(features, rows, theta, predictions, picked, arrivals, options=(float_bits(norm),))
         if n > ONE_PROGRAM_ROWS:
@@ -72,12 +76,15 @@ def bank_select(
 
 
 @cached
-def _launch(n: int, k: int, total: int, dim: int, stride_row: int, stride_column: int, largest: bool) -> Launch:
+def _launch(
+    n: int, k: int, total: int, dim: int, stride_row: int, stride_column: int, double: bool, largest: bool
+) -> Launch:
     programs, pick = ceil_div(n, ROWS), n <= ONE_PROGRAM_ROWS
     block = block_size(n) if pick else 16
-    constants = {"PICK": pick, "LARGEST": largest, "ROWS": ROWS, "COLUMNS": COLUMNS, "BLOCK": block}
+    warps = block_warps(block)
+    sized = {"ROWS": ROWS, "COLUMNS": columns(double, warps), "BLOCK": block}
     integers = (n, k, total, dim, stride_row, stride_column, programs)
-    return Launch(bank_kernel, (programs,), integers, constants, block_warps(block))
+    return Launch(bank_kernel, (programs,), integers, {"PICK": pick, "LARGEST": largest, **sized}, warps)
 
 
 def shipped() -> Iterator[Compilation]:
@@ -87,8 +94,10 @@ def shipped() -> Iterator[Compilation]:
         compute = "fp64" if pointee == "fp64" else "fp32"
         pointers = {"features_ptr": pointee, "theta_ptr": compute, "predictions_ptr": compute, **indices}
         for pick, block in ((True, 256), (True, ONE_PROGRAM_ROWS), (False, 16)):
+            warps = block_warps(block)
+            sized = {"ROWS": ROWS, "COLUMNS": columns(pointee == "fp64", warps), "BLOCK": block}
             yield Compilation(
                 f"bank-{pointee}-{block if pick else 'more'}", bank_kernel, pointers,
-                {"PICK": pick, "LARGEST": True, "ROWS": ROWS, "COLUMNS": COLUMNS, "BLOCK": block}, block_warps(block),
+                {"PICK": pick, "LARGEST": True, **sized}, warps,
                 ones=("stride_column",), multiples=("dim", "stride_row"), load_bits=bits,
             )  # fmt: skip
