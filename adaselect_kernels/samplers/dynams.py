@@ -139,6 +139,7 @@ class DynaMS(OrderedSampler):
         self.labels = None if labels is None else _checked_labels(labels, self.rows)
         if class_balanced and labels is None:
             raise ValueError("class_balanced=True needs labels, the class of each row [rows], got None")
+        self._class_sizes = None if self.labels is None else self.labels.unique(return_counts=True)[1].tolist()
         for k, ratio in enumerate(self.keep):
             if math.floor(ratio * self.rows + 0.5) < 1:
                 raise ValueError(
@@ -176,8 +177,8 @@ class DynaMS(OrderedSampler):
     def kept(self, k: int) -> int:
         """Rows that round k trains on."""
         if self.class_balanced:
-            assert self.labels is not None
-            return sum(selected_count(self.keep[k], n) for n in self.labels.unique(return_counts=True)[1].tolist())
+            assert self._class_sizes is not None
+            return sum(selected_count(self.keep[k], n) for n in self._class_sizes)
         return selected_count(self.keep[k], self.rows)
 
     @property
@@ -253,7 +254,7 @@ class DynaMS(OrderedSampler):
     def _stream(
         self, model: nn.Module, loader: Iterable[Any], forward: Forward, weight: Tensor | None, device: Any
     ) -> Tensor:
-        distances, norms, wrong, seen = torch.empty(0), None, torch.zeros(()), 0
+        distances, norms, own, wrong, seen = torch.empty(0), None, None, torch.zeros(()), 0
         for batch in loader:
             batch = batch if device is None else move_to(batch, torch.device(device))
             if seen == 0 and weight is None and self.distance == "boundary":
@@ -263,11 +264,12 @@ class DynaMS(OrderedSampler):
                 distances = torch.empty(self.rows, dtype=torch.float32, device=logits.device)
                 norms = self._norms(weight, logits)
                 wrong = torch.zeros((), dtype=torch.bool, device=logits.device)
+                own = None if self.labels is None else self.labels.to(logits.device)
             stop = seen + logits.shape[0]
             if stop > self.rows:
                 raise ValueError(f"the loader gave {stop} rows and has more, the training set has {self.rows}")
-            if self.labels is not None and targets is not None:
-                wrong = wrong | (targets != self.labels[seen:stop].to(targets.device)).any()
+            if own is not None and targets is not None:
+                wrong = wrong | (targets != own[seen:stop]).any()
             labels = targets if self.reference == "label" else None
             distances[seen:stop] = (
                 logit_margins(logits, labels) if norms is None else boundary_distances(logits, norms, labels)
@@ -317,9 +319,8 @@ class DynaMS(OrderedSampler):
     # ---- state
 
     def _config(self) -> dict[str, Any]:
-        classes = None if self.labels is None else self.labels.unique(return_counts=True)[1].tolist()
         names = ("epochs", "period", "budget", "schedule", "reference", "distance", "class_balanced")
-        return {**{name: getattr(self, name) for name in names}, "class_sizes": classes}
+        return {**{name: getattr(self, name) for name in names}, "class_sizes": self._class_sizes}
 
     def _state(self) -> dict[str, Tensor]:
         return {**super()._state(), "subset": self._subset, "scored": torch.tensor(self._scored)}

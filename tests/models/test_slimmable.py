@@ -435,6 +435,16 @@ def test_joint_backward_under_autocast(distill, generator):
         assert torch.equal(got.grad, wanted.grad)
 
 
+def test_a_compiled_model_has_every_width(generator):
+    model = small(generator)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = randn(generator, 6, 3)
+    for width in (1.0, 0.25, 1.0):
+        with use_width(compiled, width):
+            got = compiled(x)
+            assert torch.equal(got, model(x))
+
+
 def test_measuring_leaves_no_trace_and_counts_right():
     model = make_slimmable(cnn(), (1.0, 0.25)).train()
     before, stream = copy.deepcopy(model.state_dict()), torch.get_rng_state()
