@@ -112,7 +112,7 @@ def case(settings: Settings, dtype: str, mode: str, gamma: float) -> Case:
 
         def prepare_loop(name: str) -> Prepared:
             loop = loops[name] = make_loop(rig, name, gamma)
-            return Prepared([loop.sample], repeats=loop.ready())
+            return Prepared([loop.sample], repeats=loop.candidates)  # its gate has compiled what it calls
 
         def prepare_steps(name: str) -> Prepared:
             step = steps(rig, name)

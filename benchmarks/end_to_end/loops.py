@@ -65,7 +65,7 @@ class Steps:
     def ready(self) -> int:
         """Warm up; as many steps a sample as last MIN_STEPS_S."""
         self.sample()
-        self.sample()
+        timing.synchronize(self.rig.device)
         start = time.perf_counter()
         self.sample()
         timing.synchronize(self.rig.device)
@@ -115,10 +115,6 @@ class Loop:
         self.candidates = candidates_per_sample(self.k, rig.settings.batch, rig.settings.whole)
         self.watch: Watch | None = None
         self.taken: list[Taken] = []
-
-    def ready(self) -> int:
-        self.sample()
-        return self.candidates
 
     def sample(self) -> None:
         marks = Marks(self.rig.device)
