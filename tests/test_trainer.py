@@ -230,6 +230,25 @@ def test_killed_again_and_again_also_while_it_saves(tmp_path, uninterrupted):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.jsonl", "run.pt"]
 
 
+@pytest.mark.parametrize("kind", ["policy on stale losses", "sampler, workers"])
+def test_it_is_the_loop_that_one_would_write(tmp_path, uninterrupted, kind):
+    trainer = trainer_in(tmp_path, kind)  # only for what it is made of
+    model, optimizer, source = trainer.model, trainer.optimizer, trainer.data
+    for _ in range(EPOCHS):
+        for batch in source:
+            optimizer.zero_grad()
+            values = losses(model, batch)
+            weights = trainer.source.weights
+            (values if weights is None else values * weights).mean().backward()
+            optimizer.step()
+            trainer.scheduler.step()
+            if isinstance(source, DataLoader):
+                source.batch_sampler.observe(values)
+            else:
+                source.forward.update(batch[2], values)
+    assert bits(trainer) == uninterrupted(kind)[0]
+
+
 @pytest.mark.parametrize("kind", ["policy", "sampler, workers"])
 def test_ctrl_c_waits_for_the_update_and_saves(tmp_path, uninterrupted, kind):
     expected, log, _ = uninterrupted(kind)
