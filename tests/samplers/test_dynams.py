@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
 from adaselect_kernels.boundary import boundary_distances, pairwise_weight_norms
-from adaselect_kernels.models import joint_backward, make_slimmable, use_width
+from adaselect_kernels.models import joint_backward, make_slimmable
 from adaselect_kernels.samplers import dynams, get_sampler
 from adaselect_kernels.samplers.dynams import DynaMS, keep_ratios
 from adaselect_kernels.training import score
+from adaselect_kernels.training.scorers import get_scorer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -223,10 +224,7 @@ def test_psp_scores_with_the_slim_width(generator):
     assert sampler.subset.tolist() == closest(expected, 0.4)
     assert model[0].width == 1.0
 
-    def forward(model, batch):  # as a scorer does
-        with use_width(model, 0.25):
-            return model(batch[0]), batch[1]
-
+    forward = get_scorer("slim", width=0.25)
     for settings in ({"forward": forward}, {"width": 0.25, "weight": model[2].weight[:, :2]}):
         again = DynaMS(len(x), 30, epochs=4, period=2, budget=0.7)
         again.load_state_dict(state)
