@@ -154,9 +154,9 @@ def _images(
     mean, std = sample.mean(axes, keepdims=True), sample.std(axes, keepdims=True) + 1e-6
 
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
-        inputs = torch.from_numpy(np.ascontiguousarray(images)).to(torch.float32).div_(255)
+        inputs = torch.tensor(images, dtype=torch.float32).div_(255)
         inputs.sub_(torch.from_numpy(mean)).div_(torch.from_numpy(std))
-        return Split(inputs, torch.from_numpy(np.ascontiguousarray(labels)))
+        return Split(inputs, torch.tensor(labels))
 
     own, held_out = (split(train[0][chosen], train[1][chosen]) for chosen in rows.values())
     counts = f" {len(rows['train']):,} training, {held:,} validation, {len(test[1]):,} test images."

@@ -79,7 +79,6 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
         )
-        self._group = self.optimizer.param_groups[0]
         self.step = self.rows = 0
         self.loss_sum = torch.zeros((), device=data.train.inputs.device)  # of the updates since the last record
         self.loss_updates = 0
@@ -87,7 +86,8 @@ class Trainer:
     def update(self, inputs: Tensor, targets: Tensor, weights: Tensor | None, progress: float) -> Tensor | None:
         """One optimizer step at `progress` in [0, 1) of the schedule; losses [b], None where two widths are trained."""
         # lr (1 + cos(pi t / T)) / 2
-        self._group["lr"] = self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        group = self.optimizer.param_groups[0]  # not kept: loading a state makes another one
+        group["lr"] = self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         self.optimizer.zero_grad()
         if self.config.slim is not None:
             losses, loss = None, self._both_widths(inputs, targets)

@@ -19,6 +19,7 @@ from benchmarks.paper.datasets import Data
 from benchmarks.paper.settings import RunConfig, expected_cost
 from benchmarks.paper.tasks import Experiment
 
+START = "spawn"  # how a worker begins; a fork would not do where CUDA is in use
 PATIENCE = 120.0  # seconds that a worker has to reach its next record after a stop
 Report = Callable[[int, float], bool]  # (number of the run, share of it that is over) -> whether to stop
 
@@ -132,7 +133,7 @@ def _run_beside(
     workers: int,
     console: Console,
 ) -> None:
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context(START)
     todo, news, stop = context.Queue(), context.Queue(), context.Event()
     for number in waiting:
         todo.put(number)
