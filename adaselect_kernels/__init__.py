@@ -4,6 +4,8 @@ from adaselect_kernels._version import __version__
 from adaselect_kernels.functional import (
     SampleStats,
     Selection,
+    WeightedSelection,
+    bank_select,
     fused_select,
     per_sample_stats,
     select_from_losses,
@@ -12,6 +14,7 @@ from adaselect_kernels.functional import (
 from adaselect_kernels.grad_norms import PerSampleGradNorm
 from adaselect_kernels.options import AdaSelectionOptions
 from adaselect_kernels.policies import get_policy
+from adaselect_kernels.samplers import get_sampler
 from adaselect_kernels.state import AdaSelectionState
 
 __all__ = [
@@ -20,9 +23,12 @@ __all__ = [
     "PerSampleGradNorm",
     "SampleStats",
     "Selection",
+    "WeightedSelection",
     "__version__",
+    "bank_select",
     "fused_select",
     "get_policy",
+    "get_sampler",
     "per_sample_stats",
     "select_from_losses",
     "select_topk",
