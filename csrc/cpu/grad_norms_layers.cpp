@@ -23,6 +23,8 @@ constexpr double kCancelled = 1.0 / 16;
 // Measured, in multiply-adds of a tile: what an entry of a tile costs once its sum is done, an entry of a Gram matrix,
 // and one offset for a pair of positions and for a pair of lines of positions; a multiply-add with groups in the lanes.
 constexpr double kTileCost = 24, kEntryCost = 40, kShiftCost = 4, kLineCost = 32, kLanesCost = 1.5;
+// Where Gram matrices are not stored: a multiply-add (the vectors come from a further cache), and a pair of entries.
+constexpr double kVectorCost = 1.15, kPairCost = 120;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
@@ -415,6 +417,46 @@ GramSums gram(const Layer& l, const GramPlan& plan, const char* input, const cha
   return sums;
 }
 
+// A linear layer needs no shifts: the Gram matrices are multiplied as they are formed, and never stored.
+bool is_linear(const Layer& l) { return points(l.kernel) == 1 && points(l.out) == l.out[2] && l.in == l.out; }
+
+// Rows [T][k] of the compute type, copied only where they are not that already.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+
+  Rows(const Points& p, T* packed) : data(reinterpret_cast<const T*>(p.data)), stride(p.stride_point) {
+    if (p.dtype == kComputeDtype<T> && p.stride_k == 1) return;
+    kernels().pack[static_cast<int>(p.dtype)](p.data, p.stride_point, p.stride_k, p.count, p.k, p.k, p.k, packed);
+    data = packed;
+    stride = p.k;
+  }
+  static int64_t bytes(int64_t points, int64_t k) {
+    return (points * k + kPackSlack) * static_cast<int64_t>(sizeof(T));
+  }
+};
+
+template <class T>
+struct LinearGramScratch {
+  T *input, *grads;
+
+  static int64_t bytes(const Layer& l) {
+    return Scratch::aligned(Rows<T>::bytes(l.out[2], l.channels)) +
+           Scratch::aligned(Rows<T>::bytes(l.out[2], l.features));
+  }
+  LinearGramScratch(Scratch& scratch, const Layer& l)
+      : input(scratch.take<T>(Rows<T>::bytes(l.out[2], l.channels))),
+        grads(scratch.take<T>(Rows<T>::bytes(l.out[2], l.features))) {}
+};
+
+template <class T>
+GramSums gram_linear(const Layer& l, const char* input, const char* grads, const LinearGramScratch<T>& scratch) {
+  const Rows<T> a({input, l.dtype, l.input_channel, l.input_space[2], l.channels, l.out[2]}, scratch.input);
+  const Rows<T> g({grads, l.dtype, l.grads_channel, l.grads_position, l.features, l.out[2]}, scratch.grads);
+  return matrix_kernels<T>().gram_product({a.data, g.data, a.stride, g.stride, l.channels, l.features, l.out[2]});
+}
+
 // ---- choice by arithmetic
 
 // Costs are in multiply-adds of the tiles, with what rounding up to tiles wastes.
@@ -436,6 +478,11 @@ double lanes_cost(const Layer& l) {
 template <class T>
 double tiles_cost(const Layer& l) {
   return (double(points(l.out)) + kTileCost) * points(l.kernel) * tile_entries<T>(l);
+}
+
+double linear_gram_cost(const Layer& l) {
+  const double pairs = l.out[2] * (l.out[2] + 7.0) / 2;  // tiles reach below the diagonal
+  return pairs * (kVectorCost * (l.channels + l.features) + kPairCost);
 }
 
 template <class T>
@@ -470,7 +517,7 @@ Choice cheaper(const Layer& l) {
   const int64_t positions = points(l.out);
   const double direct = std::min(tiles_cost<T>(l), lanes_cost<T>(l));
   if (0.5 * positions * positions * l.features > direct) return {Form::kDirect, direct};  // needs no plan to be known
-  const double gram = gram_cost<T>(l, GramPlan(l));
+  const double gram = is_linear(l) ? linear_gram_cost(l) : gram_cost<T>(l, GramPlan(l));
   return gram < direct ? Choice{Form::kGram, gram} : Choice{Form::kDirect, direct};
 }
 
@@ -501,21 +548,26 @@ void add_sq_norms(const Layer& l, Form form, double* totals) {
                      });
     return;
   }
-  const std::optional<GramPlan> gram_plan = form == Form::kGram ? std::optional<GramPlan>(l) : std::nullopt;
-  const int64_t scratch_bytes =
-      DirectScratch<T>::bytes(l, direct_plan) + (gram_plan ? GramScratch<T>::bytes(l, *gram_plan) : 0);
-  const double operations = l.groups * (gram_plan ? gram_cost<T>(l, *gram_plan) : tiles_cost<T>(l));
-  at::parallel_for(0, l.samples, sample_grain(static_cast<int64_t>(operations)), [&](int64_t begin, int64_t end) {
+  const bool linear = form == Form::kGram && is_linear(l), planned = form == Form::kGram && !linear;
+  const std::optional<GramPlan> gram_plan = planned ? std::optional<GramPlan>(l) : std::nullopt;
+  const int64_t scratch_bytes = DirectScratch<T>::bytes(l, direct_plan) +
+                                (linear ? LinearGramScratch<T>::bytes(l) : 0) +
+                                (gram_plan ? GramScratch<T>::bytes(l, *gram_plan) : 0);
+  const double cost = linear ? linear_gram_cost(l) : gram_plan ? gram_cost<T>(l, *gram_plan) : tiles_cost<T>(l);
+  at::parallel_for(0, l.samples, sample_grain(static_cast<int64_t>(l.groups * cost)), [&](int64_t begin, int64_t end) {
     Scratch memory(scratch_bytes);
     DirectScratch<T> direct_scratch(memory, l, direct_plan);
     std::optional<GramScratch<T>> gram_scratch;
+    std::optional<LinearGramScratch<T>> linear_scratch;
     if (gram_plan) gram_scratch.emplace(memory, l, *gram_plan);
+    if (linear) linear_scratch.emplace(memory, l);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t group = 0; group < l.groups; ++group) {
         const char* input = input_of(i) + group * l.channels * l.input_channel * bytes;
         const char* grads = grads_of(i) + group * l.features * l.grads_channel * bytes;
-        if (gram_plan) {
-          const GramSums sums = gram<T>(l, *gram_plan, input, grads, *gram_scratch);
+        if (form == Form::kGram) {
+          const GramSums sums = linear ? gram_linear<T>(l, input, grads, *linear_scratch)
+                                       : gram<T>(l, *gram_plan, input, grads, *gram_scratch);
           if (!(sums.total < kCancelled * sums.diagonal)) {
             totals[i] += sums.total;
             continue;

@@ -127,6 +127,14 @@ struct GramSums {
   double total, diagonal;
 };
 
+// sum over s, t of <a_s, a_t> <b_s, b_t> of a [count, n] and b [count, m], strides 1 along n and m; s < t twice.
+template <class T>
+struct GramProduct {
+  const T *a, *b;
+  int64_t stride_a, stride_b;
+  int64_t n, m, count;
+};
+
 template <class T>
 struct MatrixKernels {
   int64_t rows, lanes;  // panels have lanes or 2 lanes columns
@@ -139,6 +147,7 @@ struct MatrixKernels {
   // sum_i values_i^2; `sums` += values unless null.
   double (*sum_squares)(const double* values, int64_t n, double* sums);
   GramSums (*shifted_product)(const ShiftedProduct<T>& args);
+  GramSums (*gram_product)(const GramProduct<T>& args);
 };
 
 // packed[k * pitch + i] = source[k * stride_k + i * stride_i], 0 for count <= i < width, in the compute type. With
