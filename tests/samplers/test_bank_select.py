@@ -28,7 +28,7 @@ def one_thread():
 def test_values_and_picks(impl, dtype, generator):
     for i, shape in enumerate(SHAPES):
         n = shape[2]
-        for layout in LAYOUTS:
+        for layout in LAYOUTS if n < 1000 else LAYOUTS[:1]:
             features, rows, theta = draw(generator, *shape, dtype, layout)
             for k, largest in ((max(1, n // 6), True), (n, True), (1, False)):
                 check(features, rows, theta, 2.5 if i % 2 else 0.0, k, largest, impl)

@@ -108,10 +108,10 @@ def check_resume(name, kind, stops):
     return expected
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4, 50])
+@pytest.mark.parametrize("depth", [1, 3, 50])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_saved_anywhere_continues_bit_for_bit(name, depth):
-    check_resume(name, (depth,), lambda steps: range(1, steps))
+    check_resume(name, (depth,), lambda steps: range(1, steps, 1 if depth == 1 else 3))
 
 
 @pytest.mark.parametrize("name", ["uniform", "impon", "infobatch"])
