@@ -271,3 +271,100 @@ def test_a_demo_without_its_packages_says_what_to_install(capsys, monkeypatch):
     monkeypatch.delattr("adaselect_kernels.demo", raising=False)
     assert cli.main(["demo"]) == 1
     assert "pip install 'adaselect_kernels[demo]'" in capsys.readouterr().err
+
+
+SMALL = ["plan", "--model", "mlp", "--input", "1x4x4", "--batch", "32", "--repeats", "1"]
+
+
+def test_a_plan_as_a_table_and_as_json(capsys):
+    assert cli.main([*SMALL, "--gamma", "0.25", "--policy", "big_loss"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Plan: policy 'big_loss', scorer 'forward', gamma 0.25, 32 rows on cpu")
+    assert "break-even gamma" in out
+    assert cli.main([*SMALL, "--gamma", "0.25", "--json", "--epochs-per-score", "4", "--autocast", "bfloat16"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["policy"], made["scorer"], made["sampler"]) == ("adaselection", "forward", None)
+    assert (made["rows"], made["gamma"], made["epochs_per_score"], made["repeats"]) == (32, 0.25, 4, 1)
+    assert made["formula_ratio"] == pytest.approx((made["scoring"] / made["forward"] / 4 + 3 * 0.25) / 3)
+    assert made["update"] > 0
+
+
+@pytest.mark.parametrize("sampler", cli.SAMPLERS)
+def test_a_plan_of_a_sampler(capsys, sampler):
+    assert cli.main([*SMALL, "--json", "--sampler", sampler, "--rows", "500"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["policy"], made["scorer"], made["sampler"]) == (None, None, sampler)
+    assert made["scoring"] == 0
+    assert made["draw"] > 0
+
+
+def test_a_plan_of_the_slim_and_the_small_path(capsys):
+    network = ["plan", "--input", "2x8x8", "--batch", "4", "--repeats", "1", "--json", "--classes", "3"]
+    assert cli.main([*network, "--scorer", "slim", "--width", "0.5"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["rho"] == pytest.approx(made["share"])
+    assert made["psp"] is not None
+    assert cli.main([*network, "--scorer", "low_resolution", "--scale", "1.0"]) == 0
+    assert json.loads(capsys.readouterr().out)["scorer"] == "low_resolution"
+
+
+def test_a_plan_of_a_model_of_ones_own_and_its_figure(capsys, tmp_path, monkeypatch):
+    (tmp_path / "own_network.py").write_text(
+        "from torch import nn\n"
+        "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 5))\n"
+        "def fail():\n    raise KeyError('weights')\n"
+        "def other():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = ["plan", "--input", "1x4x4", "--batch", "8", "--repeats", "1", "--model"]
+    assert cli.main([*own, "own_network:make", "--classes", "5", "--figure", "plan.png"]) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        (["own_network:make", "--classes", "6"], "must give logits (8, 6), got (8, 5): see --classes"),
+        (["own_network:make", "--input", "17"], "the model fails on inputs (8, 17)"),
+        (["own_network:fail"], "--model own_network:fail: KeyError: 'weights'"),
+        (["own_network:other"], "must return an nn.Module, got int"),
+        (["own_network:nothing"], "AttributeError"),
+        (["no_such_module:make"], "ModuleNotFoundError: No module named 'no_such_module'"),
+        (["own_network"], "--model must be resnet18, mlp or MODULE:FACTORY, got 'own_network'"),
+        (["mlp", "--scorer", "slim"], "the scorer slim needs a slimmable model"),
+        (["resnet18", "--input", "16"], "resnet18 takes images, --input CxHxW"),
+        (["mlp", "--device", "nowhere"], "nowhere"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*own, *arguments]) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("adaselect plan: ")
+        assert message in captured.err
+        assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "3x0x3"], "argument --input: must be sizes above 0 joined by x, like 3x32x32, got '3x0x3'"),
+        (["--input", ""], "argument --input: must be sizes above 0"),
+        (["--gamma", "0"], "argument --gamma: must be a number in (0, 1], got '0'"),
+        (["--classes", "1"], "argument --classes: must be an integer of at least 2, got '1'"),
+        (["--policy", "best"], "argument --policy: invalid choice: 'best'"),
+        (["--figure", "plan.txt"], "argument --figure: must end in .png, .svg or .pdf, got 'plan.txt'"),
+        (["--figure", "no/such/plan.png"], "no/such does not exist"),
+    ],
+)
+def test_wrong_arguments_of_a_plan(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main(["plan", *arguments])
+    assert exit_code.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_sampler_beside_a_scorer_is_refused(capsys):
+    assert cli.main([*SMALL, "--sampler", "rs2", "--scorer", "forward"]) == 2
+    assert "leave --policy and --scorer out" in capsys.readouterr().err
+
+
+def test_a_figure_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([*SMALL, "--figure", str(tmp_path / "plan.png")]) == 1
+    assert "pip install 'adaselect_kernels[demo]'" in capsys.readouterr().err

@@ -8,9 +8,9 @@ import torch
 from adaselect_kernels import cli
 from adaselect_kernels.demo import DemoConfig, figures, replay, report, run, session
 from adaselect_kernels.demo.config import TRAIN_SAMPLES, VARIANTS
-from adaselect_kernels.training.files import replace_file
 from adaselect_kernels.demo.task import CandidateBatches, load_task
 from adaselect_kernels.doctor import DEMO_PACKAGES
+from adaselect_kernels.training.files import replace_file
 
 FIGURES = {"accuracy.png", "method_weights.png", "time_split.png"}
 TINY = DemoConfig(epochs=2, gamma=0.25, repeats=2, seed=3, batch_size=200, width=4)
@@ -113,6 +113,14 @@ def test_tables(finished):
     assert len(list(cost.columns[0].cells)) == 2
     console = report.Console(width=80)
     assert all(console.measure(table).maximum <= 80 for table in (accuracy, time, cost))
+
+
+def test_the_plan_is_printed_before_training(finished):
+    _, _, printed = finished
+    plan = next(item for item in printed if isinstance(item, str) and item.startswith("Plan: "))
+    assert "policy 'adaselection', scorer 'forward', gamma 0.25, 200 rows on cpu" in plan
+    assert "break-even gamma" in plan
+    assert printed.index(plan) < min(i for i, item in enumerate(printed) if isinstance(item, report.Table))
 
 
 def test_runs_repeat_bit_for_bit():

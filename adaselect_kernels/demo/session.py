@@ -1,5 +1,6 @@
 """The demo from start to end: every run, what is kept of it, and an orderly end when interrupted."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from adaselect_kernels.demo import figures, report
 from adaselect_kernels.demo.config import VARIANTS, DemoConfig, Variant
 from adaselect_kernels.demo.replay import Batches, method_weights, new_policy, selection_cost
-from adaselect_kernels.demo.task import Digits, load_task
+from adaselect_kernels.demo.task import Digits, load_task, small_cnn
 from adaselect_kernels.demo.train import train, warm_up
+from adaselect_kernels.training import Plan, PlanWarning, plan
 
 RESULTS = "results.json"
 
@@ -66,6 +68,7 @@ def _run_all(config: DemoConfig, results: dict[str, Any], path: Path, console: C
         total = sum(config.epochs * config.expected_time_ratio(variant) for _, variant in runs)
         bar = progress.add_task("warming up", total=total)
         warm_up(config, task)
+        progress.console.print(_plan(config, task).table(), highlight=False)
         for seed, variant in runs:
             progress.update(bar, description=f"seed {seed}, {variant.label}")
             step = config.expected_time_ratio(variant)
@@ -78,6 +81,16 @@ def _run_all(config: DemoConfig, results: dict[str, Any], path: Path, console: C
         for variant, batches in recorded:
             progress.update(bar, description=f"cost of selection, {variant.label}")
             results["selection_cost"].append(selection_cost(config, variant, config.seed, batches))
+
+
+def _plan(config: DemoConfig, task: Digits) -> Plan:
+    """What AdaSelection should cost here, measured on a model that is thrown away; a warning is part of the table."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanWarning)
+        model = small_cnn(config.width)
+        optimizer = torch.optim.SGD(model.parameters(), config.learning_rate, momentum=config.momentum)
+        batch = task.train_images[: config.batch_size], task.train_labels[: config.batch_size]
+        return plan(model, batch, config.gamma, policy="adaselection", optimizer=optimizer)
 
 
 def _one_run(
