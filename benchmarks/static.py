@@ -26,6 +26,9 @@ from benchmarks.targets import TARGETS, Target
 PAGE = records.ROOT / "docs" / "static_gate.md"
 COPY_RATE = 4.3e12  # bytes a second, read and written, of a copy on an H200: an assumption
 LAUNCH_US = 2.0  # a launch inside a CUDA graph: an assumption
+WAIT_US = (
+    1.0  # a step inside a launch that waits for all programs of the one before, two trips to the L2: an assumption
+)
 CUDA = torch.device("cuda")  # only to ask the groups for their cases
 
 INTRODUCTION = """# Static gate
@@ -39,11 +42,14 @@ PREDICTIONS = f"""## Predicted times
 Launches are recorded from the public calls with a stand-in for the driver of an H100 (132 multiprocessors): which kernels,
 how many programs, which tensors. The model is
 
-    time = sum over launches of ({LAUNCH_US:g} us + bytes of the tensors it is given / {COPY_RATE / 1e12:g} TB/s)
+    time = sum over launches of
+        {LAUNCH_US:g} us + {WAIT_US:g} us a wait + bytes of the tensors it is given / {COPY_RATE / 1e12:g} TB/s
 
-Both constants are assumptions, not measurements: {COPY_RATE / 1e12:g} TB/s is what a copy reaches on an H200, {LAUNCH_US:g} us
-what a launch takes inside a CUDA graph. A tensor counts once for each launch that has it, as if none of it were in the L2
-cache and all of it were touched. The model does not know arithmetic, the latency of the steps inside one program (most of
+The constants are assumptions, not measurements: {COPY_RATE / 1e12:g} TB/s is what a copy reaches on an H200, {LAUNCH_US:g} us
+what a launch takes inside a CUDA graph, {WAIT_US:g} us what a step inside a launch takes to see that all programs of the step
+before have arrived: their addition and its look are a trip to the L2 cache each. A tensor counts once for each launch that
+has it, as if none of it were in the L2 cache and all of it were touched: a later step that reads it again finds it there.
+The model does not know arithmetic, the latency of the steps inside one program (most of
 a single launch on a small batch), or what PyTorch launches itself: the zeros of a graph's arrival counters, the sort of
 order="score". It says where to look first, not what a GPU will show. A ratio to a peer, or the cost of a call in Python,
 is not predicted.
@@ -69,8 +75,14 @@ def bytes_given(launch: Launch) -> int:
     return sum(sizes.values())
 
 
+def waits(launch: Launch) -> int:
+    """Steps of a launch that wait for the step before: all but the first, each of as many programs as its argument says."""
+    names = launch.source.fn.arg_names
+    return launch.grid[0] // launch.arguments[names.index("programs")] - 1 if "programs" in names else 0
+
+
 def predicted_us(launches: Iterable[Launch]) -> float:
-    return sum(LAUNCH_US + bytes_given(launch) / COPY_RATE * 1e6 for launch in launches)
+    return sum(LAUNCH_US + waits(launch) * WAIT_US + bytes_given(launch) / COPY_RATE * 1e6 for launch in launches)
 
 
 def _batch(params: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -153,6 +165,7 @@ def predictions() -> str:
                     group.name,
                     case.name,
                     str(len(launches)),
+                    str(sum(map(waits, launches))),
                     _counted(launches),
                     f"{moved:,.1f}",
                     f"{predicted_us(launches):,.1f}",
@@ -161,7 +174,7 @@ def predictions() -> str:
                     verdict,
                 ]
             )
-    head = ("group", "case", "launches", "kernels (programs)", "MB", "us", "target", "predicted", "")
+    head = ("group", "case", "launches", "waits", "kernels (programs)", "MB", "us", "target", "predicted", "")
     note = f"Not predicted: {left_out} targets, which are ratios to a peer, the cost of an eager call or of gradient norms.\n"
     return f"{PREDICTIONS}\n{table(head, rows)}\n{note}"
 

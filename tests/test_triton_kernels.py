@@ -13,6 +13,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process with TRITON_INTERPRET=1", allow_module_level=True)
 
+from triton.runtime import interpreter
+
 from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, fused_select, reference
 from adaselect_kernels.functional import baseline_select, per_sample_stats, select_from_losses, select_topk
 from adaselect_kernels.kernels import batch_stage, maths, row_stats, runtime, select
@@ -52,6 +54,10 @@ def launches(monkeypatch):
 
 def names(launches):
     return [name for name, _, _ in launches]
+
+
+def assert_counters_are_zero():
+    assert not runtime.counters(torch.device("cpu"), runtime.COUNTERS).any(), "a counter was left behind"
 
 
 def batch(generator, *shape, dtype=torch.float32, scale=3.0, offset=0.0):
@@ -103,7 +109,7 @@ def test_few_long_rows_are_split(generator, launches, dtype):
     assert name == "stream"
     assert grid[0] > 2
     assert constants["MAX_SPLITS"] == row_stats.SPLITS[2**31].most
-    assert not runtime.counters(torch.device("cpu"), 1).any(), "a counter was left behind"
+    assert_counters_are_zero()
 
 
 @pytest.mark.parametrize("stat", STATS)
@@ -229,7 +235,7 @@ def test_positions(generator, launches, unit, permuted):
         (129, ["block"]),  # the first searched size
         (1000, ["block"]),
         (4096, ["block"]),  # the largest in one program
-        (4097, ["digits", "compact"]),  # the smallest radix select
+        (4097, ["radix"]),  # the smallest radix select
     ],
 )
 def test_select_topk(generator, launches, dtype, n, expected):
@@ -244,10 +250,8 @@ def test_select_topk(generator, launches, dtype, n, expected):
                 launches.clear()
                 got = select_topk(scores, k, largest=largest, order=order, impl="triton")
                 assert torch.equal(got, reference.select_topk(scores, k, largest, order)), (k, largest, order)
-                digits = ["digit"] * scores.element_size() if dtype == torch.float64 else ["digit"] * 4
-                path = (digits if expected[0] == "digits" else []) + [expected[-1]]
                 ranked = order == "index" or k == 1 or n <= select.ALL_ROWS_RANKED.value
-                assert names(launches) == path + ([] if ranked else ["rank"])
+                assert names(launches) == expected + ([] if ranked else ["rank"])
 
 
 def test_select_topk_orders_many_by_a_radix_sort(launches, monkeypatch, generator):
@@ -313,7 +317,7 @@ def test_fused_select(generator, launches, options, n):
         elif n == 60:
             assert path == ["fused"]
         else:
-            assert path == ["tile", "moments", "sums", "scores", "digit", "digit", "digit", "digit", "compact"]
+            assert path == ["tile", "large"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -333,7 +337,7 @@ def test_one_launch(generator, launches, dtype, order, n, classes, path):
     assert names(launches) == path + ([] if ranked else ["rank"])
     if (n, classes) == (130, 100):
         assert launches[0][1][0] > 1
-    assert not runtime.counters(torch.device("cpu"), 1).any()
+    assert_counters_are_zero()
 
 
 @pytest.mark.parametrize("unit", ["sample", "token"])
@@ -391,7 +395,7 @@ def test_select_from_losses(generator, launches, n, dtype):
         torch.testing.assert_close(got.scores, oracle.scores, rtol=4e-6, atol=1e-9)
         assert int(got.n_valid) == int(oracle.n_valid)
         assert len(set(got.indices.tolist()) & set(oracle.indices.tolist())) >= len(oracle.indices) - 1
-    assert names(launches)[0] == ("batch" if n == 50 else "moments")
+    assert names(launches)[0] == ("batch" if n == 50 else "large")
 
 
 @pytest.mark.parametrize(
@@ -430,6 +434,83 @@ def test_equal_losses_tie_exactly(n):
     for value in (0.25, 1.5, 0.75):
         assert len(got.scores[losses == value].unique()) == 1
     assert torch.equal(got.indices, select_topk(got.scores, n // 3, order="index", impl="reference"))
+
+
+def start_in_any_order(monkeypatch, generator):
+    """Programs of a grid start in a random order of their program ids."""
+    builder = interpreter.interpreter_builder
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    order = []
+
+    def dim(x, y, z):
+        order[:] = torch.randperm(x, generator=generator).tolist()
+        set_dim(x, y, z)
+
+    monkeypatch.setattr(builder, "set_grid_dim", dim)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_index(order[x], y, z))
+
+
+@pytest.mark.parametrize("spread", ["usual", "one value", "two values apart", "last digit only", "one NaN"])
+def test_top_k_whatever_order_programs_start_in(generator, monkeypatch, spread):
+    """Steps of a launch go by tickets, so program ids mean nothing; one program at a time is enough to reach the end."""
+    monkeypatch.setitem(select.RADIX, 2**31, select.RADIX[2**31]._replace(block=1024, programs=4))
+    n, k = 4600, 1300
+    scores = {
+        "usual": torch.rand(n, generator=generator).square(),
+        "one value": torch.full((n,), 0.5),
+        "two values apart": torch.where(torch.rand(n, generator=generator) < 0.2, 3e38, -1e-38),
+        "last digit only": (torch.randint(250, (n,), generator=generator) + 0x3F800000).int().view(torch.float32),
+        "one NaN": torch.full((n,), -0.0),
+    }[spread]
+    if spread == "one NaN":
+        scores[7], scores[100:3000:2] = math.nan, 0.0
+    start_in_any_order(monkeypatch, generator)
+    got = select_topk(scores, k, order="index", impl="triton")
+    assert torch.equal(got, reference.select_topk(scores, k, True, "index"))
+    assert_counters_are_zero()
+
+
+@pytest.mark.parametrize("programs", [256, 2])
+@pytest.mark.parametrize("methods", [("big_loss", "small_loss", "grad_norm", "uniform"), METHODS])
+def test_large_batch_whatever_order_programs_start_in(generator, monkeypatch, launches, methods, programs):
+    """Both forms of the first steps: sums in the step of the moments, and in one of their own. Blocks differ in extremes."""
+    monkeypatch.setitem(batch_stage.LARGE, 2**31, batch_stage.LARGE[2**31]._replace(programs=programs))
+    losses = (
+        torch.rand(4200, generator=generator) + 9 * torch.arange(4200).div(1024, rounding_mode="floor").sub(2).abs()
+    )
+    grads = losses.flip(0).clone()
+    losses[5] = math.nan
+    states = [AdaSelectionState.create(methods, seed=4) for _ in range(3)]
+    for state in states:
+        state.previous_losses[:] = torch.linspace(1, 2, len(methods))
+
+    def call(state, impl="triton", dtype=torch.float32):
+        return select_from_losses(
+            losses.to(dtype), 0.2, grad_norms=grads.to(dtype), methods=methods, state=state, impl=impl
+        )
+
+    first = call(states[0])
+    start_in_any_order(monkeypatch, generator)
+    monkeypatch.setattr(runtime, "CPU_MULTIPROCESSORS", 64)
+    runtime.multiprocessors.cache_clear()
+    again = call(states[1])
+    for name in ("indices", "scores", "n_valid"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+    assert torch.equal(states[0].buffer, states[1].buffer)
+    assert launches[0][2]["ONLINE"] == (len(methods) == 4)
+    assert_counters_are_zero()
+    oracle = call(states[2], "reference", torch.float64)
+    torch.testing.assert_close(first.scores, oracle.scores, rtol=4e-6, atol=1e-9)
+    torch.testing.assert_close(states[0].buffer, states[2].buffer, rtol=4e-6, atol=1e-9)
+
+
+def test_counters_of_graphs_are_apart_and_run_out():
+    reserve = runtime._Reserve(torch.device("cpu"), 100)
+    first, second = reserve.take(1), reserve.take(33)
+    assert (first.numel(), second.numel()) == (1, 33)
+    assert second.data_ptr() - first.data_ptr() == 4 * runtime._SEPARATE
+    assert reserve.take(5) is None, "no more than there are"
+    assert reserve.take(4) is not None
 
 
 def test_more_than_half_a_block_a_program(monkeypatch, generator):

@@ -3,7 +3,9 @@
 Every method's importance is a combination of six components e_c >= 0 over the valid rows, each divided by its sum:
 exp(u), exp(-u), exp(g), a, exp(-|u - mean u|) and E (coreset1 is half of the first and half of the second). So a batch
 takes three steps: moments of the losses, sums of e_c and e_c l, then the scores. Up to ONE_PROGRAM_ROWS rows one program
-does all three; beyond, each step is a launch whose last program combines the others' float64 partials in a fixed order.
+does all three; beyond, one launch has a step of many programs for each (see maths.begin_step) and then those of the
+selection. Every program combines the float64 partials of the step before in the same order. The first two are one step
+where no component needs a moment of the whole batch: sums relative to a program's own extremes are rescaled.
 """
 
 import math
@@ -18,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adaselect_kernels.kernels.maths import (
+    begin_step,
+    end_step,
     exponential_noise,
     exponential_precise,
     float64_from_bits,
@@ -32,10 +36,14 @@ from adaselect_kernels.kernels.select import (
     ALL_ROWS_RANKED,
     ONE_PROGRAM_ROWS,
     RadixTuning,
+    RadixWork,
     block_size,
     block_warps,
     chunks,
+    publish_digit,
+    radix_work,
     select_block,
+    select_step,
     select_topk,
     sort_chosen,
 )
@@ -54,15 +62,18 @@ _COMPONENTS_OF = {
     "coreset2": (4,),
     "uniform": (5,),
 }
-_CORESET1 = METHODS.index("coreset1")
+_CORESET1, _ADABOOST = METHODS.index("coreset1"), METHODS.index("adaboost")
 CORESET1 = tl.constexpr(_CORESET1)
 ADA_EPS = tl.constexpr(ADABOOST_EPS)
 SPREAD_EPS = tl.constexpr(STD_EPS)
 
-# Slots of the float64 summary a large batch keeps between its launches.
-N_VALID, L_MEAN, L_STD, L_MAX, L_MIN, L_SQUARES, G_STD, G_MAX, STEP, MIDDLE_MIN = (tl.constexpr(i) for i in range(10))
-COEFFICIENTS = tl.constexpr(16)  # then one coefficient a component
-SUMMARY = tl.constexpr(24)
+# Numbers a large batch keeps between its steps, float64. First the state before the call and its step:
+STATE_SLOTS = tl.constexpr(16)
+STEP = tl.constexpr(15)
+# then of every program: n, mean, M2, max, min, sum l^2, mean, M2 and max of the gradient norms, and the sums.
+MAXIMA, MINIMA, GRAD_MAXIMA, SUMS_AT = (tl.constexpr(i) for i in (3, 4, 8, 9))
+MIDDLE_MINIMA = tl.constexpr(9 + 2 * 8)
+SLOTS = 9 + 2 * 8 + 1
 
 
 @triton.jit
@@ -80,13 +91,19 @@ def composition(METHOD: tl.constexpr, lane):
 def load_rows(
     losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
     valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
-    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, COMPUTE: tl.constexpr,
+    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
-    """Losses and gradient norms, 0 on invalid rows; which rows are valid. `.cg`: other programs may have stored them."""
-    inside = rows < n
+    """Losses and gradient norms, 0 on invalid rows; which rows are valid. `.cg`: other programs may have stored them.
+
+    WHOLE: all rows exist; without a mask a thread loads 16 bytes at a time.
+    """
+    inside = None if WHOLE else rows < n
+    zero = None if WHOLE else 0.0
     at = rows.to(tl.int64)
-    loss = tl.load(losses_ptr + at * stride_loss, mask=inside, other=0.0, cache_modifier=".cg").to(COMPUTE)
-    ok = inside & is_finite(loss)
+    loss = tl.load(losses_ptr + at * stride_loss, mask=inside, other=zero, cache_modifier=".cg").to(COMPUTE)
+    ok = is_finite(loss)
+    if not WHOLE:
+        ok = ok & inside
     if HAS_VALID:
         flag = tl.load(
             valid_ptr + strided_offset(rows, valid_inner, stride_valid_outer, stride_valid_inner), mask=inside
@@ -94,10 +111,31 @@ def load_rows(
         ok = ok & (flag != invalid_value)
     g = tl.zeros_like(loss)
     if HAS_GRAD:
-        g = tl.load(grads_ptr + at * stride_grad, mask=inside, other=0.0, cache_modifier=".cg").to(COMPUTE)
+        g = tl.load(grads_ptr + at * stride_grad, mask=inside, other=zero, cache_modifier=".cg").to(COMPUTE)
         ok = ok & is_finite(g)
         g = tl.where(ok, g, 0.0)
     return tl.where(ok, loss, 0.0), g, ok
+
+
+@triton.jit
+def load_block(
+    losses_ptr, grads_ptr, valid_ptr, start, n, stride_loss, stride_grad,
+    valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
+    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """load_rows of rows start .. start + BLOCK, and those rows."""
+    rows = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        loss, g, ok = load_rows(
+            losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
+            valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE, True,
+        )  # fmt: skip
+    else:
+        loss, g, ok = load_rows(
+            losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
+            valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
+        )  # fmt: skip
+    return rows, loss, g, ok
 
 
 @triton.jit
@@ -167,13 +205,14 @@ def load_step(state_ptr, HAS_STATE: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def weigh(
-    sums, weighted, n_valid, given, state_ptr, step, beta, floor,
+    sums, weighted, n_valid, given, old_ptr, state_ptr, program, step, beta, floor,
     METHOD_CODES: tl.constexpr, M: tl.constexpr, HAS_STATE: tl.constexpr, GIVEN: tl.constexpr,
     LOG_RATIO: tl.constexpr, HAS_FLOOR: tl.constexpr,
 ):  # fmt: skip
     """Equation 3: method losses, the new state, and the factor of every component in the score.
 
-    sums, weighted [LANES] float64: sum e_c and sum e_c l by component; given [LANES]: the method losses when GIVEN.
+    sums, weighted [LANES] float64: sum e_c and sum e_c l by component; given [LANES]: the method losses when GIVEN. The
+    state is read from `old` and written to `state` by program 0.
     """
     lane = tl.arange(0, LANES)
     used = lane < M
@@ -190,8 +229,8 @@ def weigh(
 
     # 2. log w += beta (L' - L) / L', or beta log(L' / L); unchanged where that is not finite
     if HAS_STATE:
-        log_w = tl.load(state_ptr + lane, mask=used, other=float("-inf"))
-        previous = tl.load(state_ptr + M + lane, mask=used, other=float("nan"))
+        log_w = tl.load(old_ptr + lane, mask=used, other=float("-inf"), cache_modifier=".cg")
+        previous = tl.load(old_ptr + M + lane, mask=used, other=float("nan"), cache_modifier=".cg")
         if LOG_RATIO:
             positive = (previous > 0) & (losses > 0)
             increment = tl.log(tl.where(positive, previous / losses, 1.0))
@@ -220,9 +259,10 @@ def weigh(
         log_w = tl.log(w)
     if HAS_STATE:
         tl.debug_barrier()  # every warp has read the old state
-        tl.store(state_ptr + lane, log_w, mask=used)
-        tl.store(state_ptr + M + lane, tl.where(is_finite(losses), losses, previous), mask=used)
-        tl.store(state_ptr + 2 * M, step + 1.0)
+        writes = used & (lane + program * LANES < LANES)
+        tl.store(state_ptr + lane, log_w, mask=writes)
+        tl.store(state_ptr + M + lane, tl.where(is_finite(losses), losses, previous), mask=writes)
+        tl.store(state_ptr + 2 * M, step + 1.0, mask=program == 0)
 
     # 3. factor of component c: (sum of the weights of its methods) / sum e_c
     factors = tl.zeros([LANES], tl.float64)
@@ -312,7 +352,7 @@ def score_batch(
 
         # 3. weights, then s = r sum_m w alpha
         factors = weigh(
-            sums, weighted, n_valid, sums, state_ptr, step, beta, floor,
+            sums, weighted, n_valid, sums, state_ptr, state_ptr, n_valid * 0, step, beta, floor,
             METHOD_CODES, M, HAS_STATE, False, LOG_RATIO, HAS_FLOOR,
         )  # fmt: skip
         score = mixed_score(
@@ -382,28 +422,36 @@ def _slot(partials_ptr, slot, parts, programs, other):
     return tl.load(partials_ptr + slot * programs + parts, mask=parts < programs, other=other, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["n", "iterations", "programs", "invalid_value"])
-def moments_kernel(
-    losses_ptr, grads_ptr, valid_ptr, state_ptr, partials_ptr, arrivals_ptr, summary_ptr, n_valid_ptr,
-    n, iterations, programs, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
-    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, M: tl.constexpr, HAS_STATE: tl.constexpr, ADVANCE: tl.constexpr,
-    BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+@triton.jit
+def _rescaled(nearer, before, scale):
+    """What brings sums relative to `before` to the extreme `nearer`; sums of nothing (infinite) stay 0."""
+    apart = tl.where(tl.abs(before) == float("inf"), 0.0, tl.abs(nearer - before) / scale)
+    return tl.exp(-apart.to(tl.float64))
+
+
+@triton.jit
+def moments_step(
+    losses_ptr, grads_ptr, valid_ptr, partials_ptr, program, programs, iterations,
+    n, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, seed, step_number, scale,
+    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, USED: tl.constexpr, ONLINE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First step of a large batch: n, mean, std, max, min, sum of squares, into the summary; t too, advanced when ADVANCE."""
-    COMPUTE: tl.constexpr = tl.float64 if losses_ptr.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0)
+    """This program's n, mean, sum (l - mean)^2, max, min and sum of squares; when ONLINE the sums of components too.
+
+    Those are relative to the extremes this program has seen so far: `scale` must not depend on the batch.
+    """
     zero = tl.full([], 0.0, tl.float64)
     count, l_mean, l_apart, l_squares, g_mean, g_apart = zero, zero, zero, zero, zero, zero
     l_max = zero - float("inf")
     l_min = zero + float("inf")
     g_max = l_max
-
-    # 1. this program's rows, block by block
+    lane = tl.arange(0, LANES)
+    sums = tl.zeros([LANES], tl.float64)
+    weighted = tl.zeros([LANES], tl.float64)
     for i in range(iterations):
-        rows = (program.to(tl.int64) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
-        loss, g, ok = load_rows(
-            losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
-            valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
+        rows, loss, g, ok = load_block(
+            losses_ptr, grads_ptr, valid_ptr, (program.to(tl.int64) * iterations + i) * BLOCK, n, stride_loss, stride_grad,
+            valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE, BLOCK,
         )  # fmt: skip
         block_n = tl.sum(ok.to(tl.int32), axis=0)
         block_count = block_n.to(tl.float64)
@@ -413,6 +461,7 @@ def moments_kernel(
         apart = block_mean.to(tl.float64) - l_mean
         l_apart += block_apart.to(tl.float64) + apart * apart * count * block_count / both
         l_mean += apart * block_count / both
+        before_max, before_min, before_g = l_max, l_min, g_max
         l_max = tl.maximum(l_max, block_max.to(tl.float64))
         l_min = tl.minimum(l_min, tl.min(tl.where(ok, loss, float("inf")), axis=0).to(tl.float64))
         l_squares += tl.sum(loss * loss, axis=0).to(tl.float64)
@@ -423,191 +472,301 @@ def moments_kernel(
             g_mean += apart * block_count / both
             g_max = tl.maximum(g_max, block_max.to(tl.float64))
         count += block_count
-    tl.store(partials_ptr + program, count)
-    tl.store(partials_ptr + 1 * programs + program, l_mean)
-    tl.store(partials_ptr + 2 * programs + program, l_apart)
-    tl.store(partials_ptr + 3 * programs + program, l_max)
-    tl.store(partials_ptr + 4 * programs + program, l_min)
-    tl.store(partials_ptr + 5 * programs + program, l_squares)
+        if ONLINE:
+            factors = tl.where(lane == BIG, _rescaled(l_max, before_max, scale), 1.0)
+            factors = tl.where(lane == SMALL, _rescaled(l_min, before_min, scale), factors)
+            factors = tl.where(lane == GRAD, _rescaled(g_max, before_g, scale), factors)
+            noise = loss
+            if USES_NOISE & USED:
+                noise = exponential_noise(rows, step_number.to(tl.int64), seed, COMPUTE)
+            block_sums, block_weighted = component_sums(
+                loss, g, noise, ok, 0.0, l_max.to(COMPUTE), l_min.to(COMPUTE), scale.to(COMPUTE), g_max.to(COMPUTE),
+                scale.to(COMPUTE), 0.0, USED,
+            )  # fmt: skip
+            sums = sums * factors + block_sums
+            weighted = weighted * factors + block_weighted
+    at = partials_ptr + program
+    tl.store(at, count)
+    tl.store(at + 1 * programs, l_mean)
+    tl.store(at + 2 * programs, l_apart)
+    tl.store(at + MAXIMA * programs, l_max)
+    tl.store(at + MINIMA * programs, l_min)
+    tl.store(at + 5 * programs, l_squares)
     if HAS_GRAD:
-        tl.store(partials_ptr + 6 * programs + program, g_mean)
-        tl.store(partials_ptr + 7 * programs + program, g_apart)
-        tl.store(partials_ptr + 8 * programs + program, g_max)
-
-    # 2. all programs' moments, by the one that arrives last
-    if last_to_arrive(arrivals_ptr, programs):
-        parts = tl.arange(0, MAX_PROGRAMS)
-        counts = _slot(partials_ptr, 0, parts, programs, 0.0)
-        total = tl.sum(counts, axis=0)
-        n_valid = tl.maximum(total, 1.0)
-        means = _slot(partials_ptr, 1, parts, programs, 0.0)
-        mean = tl.sum(counts * means, axis=0) / n_valid
-        # M2 = sum_p M2_p + n_p (mean_p - mean)^2
-        apart = tl.sum(_slot(partials_ptr, 2, parts, programs, 0.0) + counts * (means - mean) * (means - mean), axis=0)
-        tl.store(summary_ptr + N_VALID, total)
-        tl.store(summary_ptr + L_MEAN, mean)
-        tl.store(summary_ptr + L_STD, tl.sqrt(apart / n_valid))
-        tl.store(summary_ptr + L_MAX, tl.max(_slot(partials_ptr, 3, parts, programs, float("-inf")), axis=0))
-        tl.store(summary_ptr + L_MIN, tl.min(_slot(partials_ptr, 4, parts, programs, float("inf")), axis=0))
-        tl.store(summary_ptr + L_SQUARES, tl.sum(_slot(partials_ptr, 5, parts, programs, 0.0), axis=0))
-        if HAS_GRAD:
-            means = _slot(partials_ptr, 6, parts, programs, 0.0)
-            mean = tl.sum(counts * means, axis=0) / n_valid
-            apart = tl.sum(
-                _slot(partials_ptr, 7, parts, programs, 0.0) + counts * (means - mean) * (means - mean), axis=0
-            )
-            tl.store(summary_ptr + G_STD, tl.sqrt(apart / n_valid))
-            tl.store(summary_ptr + G_MAX, tl.max(_slot(partials_ptr, 8, parts, programs, float("-inf")), axis=0))
-        step = load_step(state_ptr, HAS_STATE, M)
-        tl.store(summary_ptr + STEP, step)
-        if ADVANCE:
-            tl.debug_barrier()  # every warp has read the old step
-            tl.store(state_ptr + 2 * M, step + 1.0)
-        tl.store(n_valid_ptr, total.to(tl.int64))
+        tl.store(at + 6 * programs, g_mean)
+        tl.store(at + 7 * programs, g_apart)
+        tl.store(at + GRAD_MAXIMA * programs, g_max)
+    if ONLINE:
+        tl.store(at + (SUMS_AT + lane) * programs, sums)
+        tl.store(at + (SUMS_AT + LANES + lane) * programs, weighted)
 
 
 @triton.jit
-def _number(summary_ptr, slot, COMPUTE: tl.constexpr):
-    return tl.load(summary_ptr + slot).to(COMPUTE)
-
-
-@triton.jit
-def _noise(rows, summary_ptr, seed, USED: tl.constexpr, COMPUTE: tl.constexpr):
-    if USES_NOISE & USED:
-        return exponential_noise(rows, tl.load(summary_ptr + STEP).to(tl.int64), seed, COMPUTE)
-    else:
-        return tl.zeros([rows.shape[0]], COMPUTE)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "n", "iterations", "programs", "invalid_value", "seed", "beta_bits", "temperature_bits", "floor_bits"
-    ]
-)  # fmt: skip
-def sums_kernel(
-    losses_ptr, grads_ptr, valid_ptr, state_ptr, given_ptr, partials_ptr, arrivals_ptr, summary_ptr,
-    n, iterations, programs, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
-    seed: tl.int64, beta_bits: tl.int64, temperature_bits: tl.int64, floor_bits: tl.int64,
-    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr,
-    METHOD_CODES: tl.constexpr, M: tl.constexpr, USED: tl.constexpr, HAS_STATE: tl.constexpr, GIVEN: tl.constexpr,
-    STANDARDIZE: tl.constexpr, LOG_RATIO: tl.constexpr, HAS_FLOOR: tl.constexpr,
-    BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """Second step: sum e_c and sum e_c l of every component, the new weights, and the components' factors."""
-    COMPUTE: tl.constexpr = tl.float64 if losses_ptr.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0)
+def component_sums(loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED: tl.constexpr):
+    """sum e_c and sum e_c l of the used components, 0 of the others: [LANES] float64 both."""
     lane = tl.arange(0, LANES)
-    l_mean = _number(summary_ptr, L_MEAN, COMPUTE)
-    l_max = _number(summary_ptr, L_MAX, COMPUTE)
-    l_min = _number(summary_ptr, L_MIN, COMPUTE)
-    temperature = float64_from_bits(temperature_bits).to(COMPUTE)
-    l_scale = spread(_number(summary_ptr, L_STD, COMPUTE), temperature, STANDARDIZE)
-    g_max, g_scale = l_max, l_scale
-    if HAS_GRAD:
-        g_max = _number(summary_ptr, G_MAX, COMPUTE)
-        g_scale = spread(_number(summary_ptr, G_STD, COMPUTE), temperature, STANDARDIZE)
+    sums = tl.zeros([LANES], tl.float64)
+    weighted = tl.zeros([LANES], tl.float64)
+    for c in tl.static_range(COMPONENTS):
+        if (USED >> c) & 1:
+            e = component(c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
+            sums = tl.where(lane == c, tl.sum(e, axis=0).to(tl.float64), sums)
+            weighted = tl.where(lane == c, tl.sum(e * loss, axis=0).to(tl.float64), weighted)
+    return sums, weighted
 
-    # 1. this program's rows; exp(-|l - mean|) is relative to the smallest distance seen so far
+
+@triton.jit
+def combine_moments(partials_ptr, programs, HAS_GRAD: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
+    """n, then mean, std, max, min and sum l^2 of the losses, std and max of the gradient norms, of all programs' rows."""
+    parts = tl.arange(0, MAX_PROGRAMS)
+    counts = _slot(partials_ptr, 0, parts, programs, 0.0)
+    total = tl.sum(counts, axis=0)
+    n_valid = tl.maximum(total, 1.0)
+    means = _slot(partials_ptr, 1, parts, programs, 0.0)
+    mean = tl.sum(counts * means, axis=0) / n_valid
+    # M2 = sum_p M2_p + n_p (mean_p - mean)^2
+    apart = tl.sum(_slot(partials_ptr, 2, parts, programs, 0.0) + counts * (means - mean) * (means - mean), axis=0)
+    std = tl.sqrt(apart / n_valid)
+    l_max = tl.max(_slot(partials_ptr, MAXIMA, parts, programs, float("-inf")), axis=0)
+    l_min = tl.min(_slot(partials_ptr, MINIMA, parts, programs, float("inf")), axis=0)
+    squares = tl.sum(_slot(partials_ptr, 5, parts, programs, 0.0), axis=0)
+    g_std, g_max = std, l_max
+    if HAS_GRAD:
+        means = _slot(partials_ptr, 6, parts, programs, 0.0)
+        g_mean = tl.sum(counts * means, axis=0) / n_valid
+        apart = tl.sum(
+            _slot(partials_ptr, 7, parts, programs, 0.0) + counts * (means - g_mean) * (means - g_mean), axis=0
+        )
+        g_std = tl.sqrt(apart / n_valid)
+        g_max = tl.max(_slot(partials_ptr, GRAD_MAXIMA, parts, programs, float("-inf")), axis=0)
+    return total, mean, std, l_max, l_min, squares, g_std, g_max
+
+
+@triton.jit
+def sums_step(
+    losses_ptr, grads_ptr, valid_ptr, partials_ptr, program, programs, iterations,
+    n, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, seed, step_number,
+    l_mean, l_max, l_min, l_scale, g_max, g_scale,
+    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, USED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """This program's sum e_c and sum e_c l; exp(-|l - mean|) is relative to the smallest distance it has seen so far."""
+    lane = tl.arange(0, LANES)
     sums = tl.zeros([LANES], tl.float64)
     weighted = tl.zeros([LANES], tl.float64)
     middle_min = tl.full([], float("inf"), COMPUTE)
     for i in range(iterations):
-        rows = (program.to(tl.int64) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
-        loss, g, ok = load_rows(
-            losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
-            valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
+        rows, loss, g, ok = load_block(
+            losses_ptr, grads_ptr, valid_ptr, (program.to(tl.int64) * iterations + i) * BLOCK, n, stride_loss, stride_grad,
+            valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE, BLOCK,
         )  # fmt: skip
-        noise = _noise(rows, summary_ptr, seed, USED, COMPUTE)
+        noise = loss
+        if USES_NOISE & USED:
+            noise = exponential_noise(rows, step_number.to(tl.int64), seed, COMPUTE)
         if USES_MIDDLE & USED:
             closer = tl.minimum(middle_min, tl.min(tl.where(ok, tl.abs(loss - l_mean), float("inf")), axis=0))
-            factor = _closer(closer, middle_min, l_scale)
+            factor = _rescaled(closer, middle_min, l_scale)
             sums = tl.where(lane == MIDDLE, sums * factor, sums)
             weighted = tl.where(lane == MIDDLE, weighted * factor, weighted)
             middle_min = closer
-        for c in tl.static_range(COMPONENTS):
-            if (USED >> c) & 1:
-                e = component(c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
-                sums += tl.where(lane == c, tl.sum(e, axis=0).to(tl.float64), 0.0)
-                weighted += tl.where(lane == c, tl.sum(e * loss, axis=0).to(tl.float64), 0.0)
-    tl.store(partials_ptr + lane * programs + program, sums)
-    tl.store(partials_ptr + (LANES + lane) * programs + program, weighted)
-    tl.store(partials_ptr + 2 * LANES * programs + program, middle_min.to(tl.float64))
-
-    # 2. all programs' sums, the state and the factors, by the one that arrives last
-    if last_to_arrive(arrivals_ptr, programs):
-        parts = tl.arange(0, MAX_PROGRAMS)
-        mins = _slot(partials_ptr, 2 * LANES, parts, programs, float("inf"))
-        middle = tl.min(mins, axis=0)
-        sums = tl.full([LANES], 1.0, tl.float64)
-        weighted = tl.zeros([LANES], tl.float64)
-        for c in tl.static_range(COMPONENTS):
-            if (USED >> c) & 1:
-                part = _slot(partials_ptr, c, parts, programs, 0.0)
-                part_weighted = _slot(partials_ptr, LANES + c, parts, programs, 0.0)
-                if c == MIDDLE:
-                    factor = _closer(middle, mins, l_scale.to(tl.float64))
-                    part *= factor
-                    part_weighted *= factor
-                sums = tl.where(lane == c, tl.sum(part, axis=0), sums)
-                weighted = tl.where(lane == c, tl.sum(part_weighted, axis=0), weighted)
-        given = sums
-        if GIVEN:
-            given = tl.load(given_ptr + lane, mask=lane < M, other=float("nan"))
-        factors = weigh(
-            sums, weighted, tl.load(summary_ptr + N_VALID), given, state_ptr, tl.load(summary_ptr + STEP),
-            float64_from_bits(beta_bits), float64_from_bits(floor_bits),
-            METHOD_CODES, M, HAS_STATE, GIVEN, LOG_RATIO, HAS_FLOOR,
-        )  # fmt: skip
-        tl.store(summary_ptr + COEFFICIENTS + lane, factors)
-        tl.store(summary_ptr + MIDDLE_MIN, middle)
+        block_sums, block_weighted = component_sums(
+            loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED
+        )
+        sums += block_sums
+        weighted += block_weighted
+    at = partials_ptr + program
+    tl.store(at + (SUMS_AT + lane) * programs, sums)
+    tl.store(at + (SUMS_AT + LANES + lane) * programs, weighted)
+    tl.store(at + MIDDLE_MINIMA * programs, middle_min.to(tl.float64))
 
 
 @triton.jit
-def _closer(middle_min, before, scale):
-    """What brings sums relative to the distance `before` to `middle_min` <= before; sums of nothing (inf) stay 0."""
-    return tl.exp(tl.where(before == float("inf"), 0.0, (middle_min - before) / scale).to(tl.float64))
-
-
-@triton.jit(do_not_specialize=["n", "invalid_value", "seed", "temperature_bits", "power_bits"])
-def scores_kernel(
-    losses_ptr, grads_ptr, valid_ptr, summary_ptr, scores_ptr,
-    n, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
-    seed: tl.int64, temperature_bits: tl.int64, power_bits: tl.int64,
-    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, KEY_METHOD: tl.constexpr, USED: tl.constexpr,
-    STANDARDIZE: tl.constexpr, CURRICULUM: tl.constexpr, BLOCK: tl.constexpr,
+def combine_sums(
+    partials_ptr, programs, l_max, l_min, g_max, scale,
+    USED: tl.constexpr, ONLINE: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Third step: the score of every row; with KEY_METHOD >= 0 that method's baseline key. -inf on invalid rows."""
+    """sum e_c and sum e_c l of all rows, [LANES] each (1 and 0 where not used); the smallest distance to the mean."""
+    lane = tl.arange(0, LANES)
+    parts = tl.arange(0, MAX_PROGRAMS)
+    sums = tl.full([LANES], 1.0, tl.float64)
+    weighted = tl.zeros([LANES], tl.float64)
+    middle = tl.full([], float("inf"), tl.float64)
+    for c in tl.static_range(COMPONENTS):
+        if (USED >> c) & 1:
+            part = _slot(partials_ptr, SUMS_AT + c, parts, programs, 0.0)
+            part_weighted = _slot(partials_ptr, SUMS_AT + LANES + c, parts, programs, 0.0)
+            factor = tl.full([MAX_PROGRAMS], 1.0, tl.float64)
+            if c == MIDDLE:
+                minima = _slot(partials_ptr, MIDDLE_MINIMA, parts, programs, float("inf"))
+                middle = tl.min(minima, axis=0)
+                factor = _rescaled(middle, minima, scale)
+            elif ONLINE and c == BIG:
+                factor = _rescaled(l_max, _slot(partials_ptr, MAXIMA, parts, programs, float("-inf")), scale)
+            elif ONLINE and c == SMALL:
+                factor = _rescaled(l_min, _slot(partials_ptr, MINIMA, parts, programs, float("inf")), scale)
+            elif ONLINE and c == GRAD:
+                factor = _rescaled(g_max, _slot(partials_ptr, GRAD_MAXIMA, parts, programs, float("-inf")), scale)
+            sums = tl.where(lane == c, tl.sum(part * factor, axis=0), sums)
+            weighted = tl.where(lane == c, tl.sum(part_weighted * factor, axis=0), weighted)
+    return sums, weighted, middle
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n", "k", "iterations", "programs", "invalid_value", "seed", "beta_bits", "temperature_bits", "floor_bits",
+        "power_bits",
+    ]
+)  # fmt: skip
+def large_kernel(
+    losses_ptr, grads_ptr, valid_ptr, state_ptr, given_ptr, summary_ptr, counters_ptr, scores_ptr, n_valid_ptr,
+    search_ptr, table_ptr, indices_ptr,
+    n, k, iterations, programs, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner,
+    invalid_value,
+    seed: tl.int64, beta_bits: tl.int64, temperature_bits: tl.int64, floor_bits: tl.int64, power_bits: tl.int64,
+    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr,
+    METHOD_CODES: tl.constexpr, M: tl.constexpr, USED: tl.constexpr, HAS_STATE: tl.constexpr, GIVEN: tl.constexpr,
+    STANDARDIZE: tl.constexpr, LOG_RATIO: tl.constexpr, HAS_FLOOR: tl.constexpr, CURRICULUM: tl.constexpr,
+    MOMENTS: tl.constexpr, ONLINE: tl.constexpr, SUMS: tl.constexpr, SCORES: tl.constexpr, KEY_METHOD: tl.constexpr,
+    FINAL: tl.constexpr, DIGITS: tl.constexpr, BITS: tl.constexpr, COUNTERS: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The steps of a large batch, those of MOMENTS, SUMS, SCORES (0 or 1 each) and, with DIGITS > 0, of the selection.
+
+    summary: the state before the call [STATE_SLOTS], then SLOTS partials a program, from which every program of a later
+    step combines what it needs, all in the same order. ONLINE: the first step makes the sums too. KEY_METHOD >= 0: scores
+    are that method's baseline key. FINAL: the state and n_valid are written.
+    """
     COMPUTE: tl.constexpr = tl.float64 if losses_ptr.dtype.element_ty == tl.float64 else tl.float32
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    loss, g, ok = load_rows(
-        losses_ptr, grads_ptr, valid_ptr, rows, n, stride_loss, stride_grad,
-        valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE,
-    )  # fmt: skip
-    noise = _noise(rows, summary_ptr, seed, USED, COMPUTE)
-    l_mean = _number(summary_ptr, L_MEAN, COMPUTE)
-    l_max = _number(summary_ptr, L_MAX, COMPUTE)
-    l_min = _number(summary_ptr, L_MIN, COMPUTE)
-    if KEY_METHOD >= 0:
-        score = baseline_key(KEY_METHOD, loss, g, noise, l_mean, l_max, l_min)
+    SCORE_STEP: tl.constexpr = MOMENTS + SUMS
+    STEPS: tl.constexpr = MOMENTS + SUMS + SCORES + DIGITS
+    temperature = float64_from_bits(temperature_bits)
+    seed = seed.to(tl.int64)
+    partials_ptr = summary_ptr + STATE_SLOTS
+    if STEPS > 1:
+        step, program = begin_step(counters_ptr, programs)
     else:
-        temperature = float64_from_bits(temperature_bits).to(COMPUTE)
-        l_scale = spread(_number(summary_ptr, L_STD, COMPUTE), temperature, STANDARDIZE)
-        g_max, g_scale = l_max, l_scale
-        if HAS_GRAD:
-            g_max = _number(summary_ptr, G_MAX, COMPUTE)
-            g_scale = spread(_number(summary_ptr, G_STD, COMPUTE), temperature, STANDARDIZE)
-        factors = tl.load(summary_ptr + COEFFICIENTS + tl.arange(0, LANES))
-        middle_min = _number(summary_ptr, MIDDLE_MIN, COMPUTE)
-        score = mixed_score(
-            factors, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED
-        )
-        if CURRICULUM:
-            score *= reward(
-                loss, _number(summary_ptr, L_SQUARES, COMPUTE), tl.load(summary_ptr + N_VALID),
-                tl.load(summary_ptr + STEP), float64_from_bits(power_bits), CURRICULUM,
+        program = tl.program_id(0)
+        step = program * 0
+
+    # 1. moments
+    if MOMENTS:  # noqa: SIM102 - known when compiled
+        if step == 0:
+            step_number = load_step(state_ptr, HAS_STATE, M)
+            if program == 0:
+                # a later step writes the state while others of its programs still need the old one
+                slots = tl.arange(0, STATE_SLOTS)
+                if HAS_STATE:
+                    old = tl.load(state_ptr + slots, mask=slots < 2 * M, other=0.0)
+                    tl.store(summary_ptr + slots, old, mask=slots < 2 * M)
+                tl.store(summary_ptr + STEP, step_number)
+            moments_step(
+                losses_ptr, grads_ptr, valid_ptr, partials_ptr, program, programs, iterations,
+                n, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
+                seed, step_number, temperature, HAS_GRAD, HAS_VALID, USED, ONLINE, COMPUTE, BLOCK,
             )  # fmt: skip
-    score = tl.where(ok, score, float("-inf")).to(scores_ptr.dtype.element_ty)
-    tl.store(scores_ptr + rows, score, mask=rows < n)
+
+    if SUMS + SCORES > 0:  # noqa: SIM102 - known when compiled
+        if (step >= MOMENTS) & (step <= SCORE_STEP):
+            step_number = tl.load(summary_ptr + STEP, cache_modifier=".cg")
+            count, mean, std, l_max, l_min, squares, g_std, g_max = combine_moments(
+                partials_ptr, programs, HAS_GRAD, MAX_PROGRAMS
+            )
+            l_scale = spread(std.to(COMPUTE), temperature.to(COMPUTE), STANDARDIZE)
+            g_scale = spread(g_std.to(COMPUTE), temperature.to(COMPUTE), STANDARDIZE)
+
+            # 2. sums of the components
+            if SUMS:  # noqa: SIM102 - known when compiled
+                if step == MOMENTS:
+                    sums_step(
+                        losses_ptr, grads_ptr, valid_ptr, partials_ptr, program, programs, iterations,
+                        n, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
+                        seed, step_number, mean.to(COMPUTE), l_max.to(COMPUTE), l_min.to(COMPUTE), l_scale,
+                        g_max.to(COMPUTE), g_scale, HAS_GRAD, HAS_VALID, USED, COMPUTE, BLOCK,
+                    )  # fmt: skip
+
+            # 3. weights, then the scores and the histogram of their first digit
+            if SCORES:  # noqa: SIM102 - known when compiled
+                if step == SCORE_STEP:
+                    factors = tl.zeros([LANES], tl.float64)
+                    middle = count
+                    if KEY_METHOD < 0:
+                        sums, weighted, middle = combine_sums(
+                            partials_ptr,
+                            programs,
+                            l_max,
+                            l_min,
+                            g_max,
+                            l_scale.to(tl.float64),
+                            USED,
+                            ONLINE,
+                            MAX_PROGRAMS,
+                        )
+                        given = sums
+                        if GIVEN:
+                            given = tl.load(
+                                given_ptr + tl.arange(0, LANES), mask=tl.arange(0, LANES) < M, other=float("nan")
+                            )
+                        factors = weigh(
+                            sums, weighted, count, given, summary_ptr, state_ptr, program, step_number,
+                            float64_from_bits(beta_bits), float64_from_bits(floor_bits),
+                            METHOD_CODES, M, HAS_STATE, GIVEN, LOG_RATIO, HAS_FLOOR,
+                        )  # fmt: skip
+                    elif FINAL and HAS_STATE:
+                        tl.store(state_ptr + 2 * M, step_number + 1.0, mask=program == 0)
+                    if FINAL:
+                        tl.store(n_valid_ptr, count.to(tl.int64), mask=program == 0)
+                    scores_step(
+                        losses_ptr, grads_ptr, valid_ptr, counters_ptr, scores_ptr, table_ptr, program, programs, iterations,
+                        n, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
+                        seed, step_number, float64_from_bits(power_bits), count, squares.to(COMPUTE), factors,
+                        mean.to(COMPUTE), l_max.to(COMPUTE), l_min.to(COMPUTE), l_scale, g_max.to(COMPUTE), g_scale,
+                        middle.to(COMPUTE), HAS_GRAD, HAS_VALID, USED, CURRICULUM, KEY_METHOD, DIGITS, BITS, COMPUTE, BLOCK,
+                    )  # fmt: skip
+
+    # 4. the other digits, and the chosen rows
+    if DIGITS > 0:  # noqa: SIM102 - known when compiled
+        if step > SCORE_STEP:
+            select_step(
+                step - SCORE_STEP, scores_ptr, counters_ptr, search_ptr, table_ptr, indices_ptr, program, programs,
+                n, k, 1, iterations, BITS, DIGITS, True, BLOCK, MAX_PROGRAMS,
+            )  # fmt: skip
+    if STEPS > 1:
+        end_step(counters_ptr, step, programs, STEPS, COUNTERS)
+
+
+@triton.jit
+def scores_step(
+    losses_ptr, grads_ptr, valid_ptr, counters_ptr, scores_ptr, table_ptr, program, programs, iterations,
+    n, stride_loss, stride_grad, valid_inner, stride_valid_outer, stride_valid_inner, invalid_value,
+    seed, step_number, power, count, squares, factors, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min,
+    HAS_GRAD: tl.constexpr, HAS_VALID: tl.constexpr, USED: tl.constexpr, CURRICULUM: tl.constexpr,
+    KEY_METHOD: tl.constexpr, DIGITS: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The score of this program's rows, -inf on invalid ones; with DIGITS > 0 also the histogram of their first digit."""
+    if DIGITS > 0:
+        counts = tl.zeros([1 << BITS], tl.int32)
+    for i in range(iterations):
+        rows, loss, g, ok = load_block(
+            losses_ptr, grads_ptr, valid_ptr, (program.to(tl.int64) * iterations + i) * BLOCK, n, stride_loss, stride_grad,
+            valid_inner, stride_valid_outer, stride_valid_inner, invalid_value, HAS_GRAD, HAS_VALID, COMPUTE, BLOCK,
+        )  # fmt: skip
+        noise = loss
+        if USES_NOISE & USED:
+            noise = exponential_noise(rows, step_number.to(tl.int64), seed, COMPUTE)
+        if KEY_METHOD >= 0:
+            score = baseline_key(KEY_METHOD, loss, g, noise, l_mean, l_max, l_min)
+        else:
+            score = mixed_score(
+                factors, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED
+            )
+            if CURRICULUM:
+                score *= reward(loss, squares, count, step_number, power, CURRICULUM)
+        score = tl.where(ok, score, float("-inf")).to(scores_ptr.dtype.element_ty)
+        tl.store(scores_ptr + rows, score, mask=rows < n)
+        if DIGITS > 0:
+            first_digit = ordered_key(score, True) >> (32 - BITS)
+            counts += tl.histogram(first_digit.to(tl.int32), 1 << BITS, mask=rows < n)
+    if DIGITS > 0:
+        publish_digit(counts, 0, 0, counters_ptr, table_ptr, program, programs, 32, BITS, DIGITS)
 
 
 @triton.jit(do_not_specialize=["k", "iterations", "programs", "invalid_value"])
@@ -656,9 +815,9 @@ def copy_rows_kernel(from_ptr, to_ptr, chosen_ptr, k, BLOCK: tl.constexpr):
     tl.store(to_ptr + rows, tl.load(from_ptr + rows, mask=position < k, other=0.0), mask=position < k)
 
 
-# By the most rows. 4 rows a thread: noise and six exponentials a row want many warps, not registers. The program that
-# arrives last combines the others' partials in one block.
-LARGE = {2**31: RadixTuning(block=1024, warps=8, programs=1024)}
+# By the most rows. 4 rows a thread: noise and six exponentials a row want many warps, not registers. Every program reads
+# the partials of all: a number a thread.
+LARGE = {2**31: RadixTuning(block=1024, warps=8, programs=256)}
 MOVE_BLOCK, MOVE_WARPS = 1024, 4
 
 
@@ -791,76 +950,101 @@ def _batch_launch(shape: RowsShape, plan: Plan, k: int, select: bool, ranked: bo
     return Launch(batch_kernel, (1,), (shape.n, k, *shape.strides), constants, block_warps(block))
 
 
-def many_programs(rows: Rows, state: Tensor | None, plan: Plan, k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Scores and number of valid rows of any batch: moments, sums, scores."""
+class _Large(NamedTuple):
+    """A launch of steps of a large batch, and the work memory it needs."""
+
+    launch: Launch
+    programs: int
+    work: RadixWork
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which steps a launch has; see large_kernel."""
+
+    moments: bool = False
+    sums: bool = False
+    scores: bool = False
+    key_method: int = -1
+    final: bool = False
+    select: bool = False
+    given: bool = False
+
+
+_LARGE_FLAGS = ("METHOD_CODES", "M", "USED", "HAS_STATE", "STANDARDIZE", "LOG_RATIO", "HAS_FLOOR", "CURRICULUM")
+_NEEDS_BATCH = sum(1 << code for code in (3, 4))  # components with a moment of the batch beside its extremes
+
+
+def step_flags(plan: Plan, steps: Steps) -> dict[str, int | bool]:
+    """What large_kernel is compiled for."""
+    online = steps.moments and steps.sums and not plan.flags["STANDARDIZE"] and not plan.flags["USED"] & _NEEDS_BATCH
+    work = radix_work(False)
+    return {name: plan.flags[name] for name in _LARGE_FLAGS} | {
+        "GIVEN": steps.given, "MOMENTS": int(steps.moments), "ONLINE": online,
+        "SUMS": int(steps.sums and not online), "SCORES": int(steps.scores), "KEY_METHOD": steps.key_method,
+        "FINAL": steps.final, **work.constants(), "DIGITS": work.digits if steps.select else 0,
+    }  # fmt: skip
+
+
+@cached
+def _large_launch(shape: RowsShape, plan: Plan, steps: Steps, k: int) -> _Large:
+    tuning = up_to(LARGE, shape.n)
+    programs, iterations = chunks(shape.n, tuning.block, tuning.programs)
+    flags = step_flags(plan, steps)
+    count = sum(int(flags[name]) for name in ("MOMENTS", "SUMS", "SCORES", "DIGITS"))
+    constants = shape.flags() | flags | {"BLOCK": tuning.block, "MAX_PROGRAMS": tuning.programs}
+    integers = (shape.n, k, iterations, programs, *shape.strides)
+    return _Large(
+        Launch(large_kernel, (count * programs,), integers, constants, tuning.warps), programs, radix_work(False)
+    )
+
+
+def _run_steps(
+    rows: Rows, state: Tensor | None, plan: Plan, steps: Steps, k: int, seed: int, *,
+    summary: Tensor | None = None, scores: Tensor | None = None, n_valid: Tensor | None = None,
+    given: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The summary, made unless it is given, and the chosen rows (ascending) of a launch that selects."""
+    large = _large_launch(rows.shape, plan, steps, k)
+    losses, device = rows.losses, rows.losses.device
+    if summary is None:
+        summary = torch.empty(STATE_SLOTS.value + SLOTS * large.programs, dtype=torch.float64, device=device)
+    zeros = counters(device, large.work.counters)
+    search = table = indices = zeros  # not touched by a launch that does not select
+    if steps.select:
+        search = torch.empty(large.work.search, dtype=torch.int64, device=device)
+        table = torch.empty(large.work.table * large.programs, dtype=torch.int32, device=device)
+        indices = torch.empty(k, dtype=torch.int64, device=device)
+    large.launch(
+        *rows.tensors, losses if state is None else state, summary if given is None else given, summary, zeros,
+        losses if scores is None else scores, zeros if n_valid is None else n_valid, search, table, indices,
+        options=(seed, plan.beta, plan.temperature, plan.floor, plan.power),
+    )  # fmt: skip
+    return summary, indices if steps.select else None
+
+
+def many_programs(
+    rows: Rows, state: Tensor | None, plan: Plan, k: int, select: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores, number of valid rows and, when `select`, the chosen rows in ascending order, of any batch."""
     losses = rows.losses
     n, device = losses.shape[0], losses.device
     scores = torch.empty(n, dtype=torch.float32, device=device)
     n_valid = torch.empty((), dtype=torch.int64, device=device)
+    out = {"scores": scores, "n_valid": n_valid}
+    key_method = plan.methods[0] if plan.baseline else -1
+    last = Steps(True, not plan.baseline, True, key_method, final=True, select=select)
     with launch_device(losses):
-        summary, partials, arrivals = _moments(rows, state, plan, n_valid)
-        if not plan.baseline:
-            given = summary
-            if plan.selected:
-                given = torch.empty(len(plan.methods), dtype=torch.float64, device=device)
-                for i, method in enumerate(plan.methods):
-                    chosen = baseline_choice(rows, method, summary, k, seed)
-                    _chosen_loss(rows, chosen, partials, arrivals, given[i])
-            _sums_launch(rows.shape, plan)(
-                *rows.tensors, losses if state is None else state, given, partials, arrivals, summary,
-                options=(seed, plan.beta, plan.temperature, plan.floor),
-            )  # fmt: skip
-        _scores(rows, summary, scores, plan, plan.methods[0] if plan.baseline else -1, seed)
-    return scores, n_valid
-
-
-def _moments(rows: Rows, state: Tensor | None, plan: Plan, n_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """summary, and the scratch of the launches after it: partials and arrivals."""
-    losses = rows.losses
-    device = losses.device
-    launch = _moments_launch(rows.shape, plan, state is not None)
-    summary = torch.empty(SUMMARY.value, dtype=torch.float64, device=device)
-    partials = torch.empty((2 * LANES.value + 1) * launch.grid[0], dtype=torch.float64, device=device)
-    arrivals = counters(device, 1)
-    launch(*rows.tensors, losses if state is None else state, partials, arrivals, summary, n_valid)
-    return summary, partials, arrivals
-
-
-def _large(kernel, shape: RowsShape, constants: dict[str, Any], *before: int) -> Launch:
-    """A launch whose programs share all rows: counts, iterations and programs, then the strides."""
-    tuning = up_to(LARGE, shape.n)
-    programs, iterations = chunks(shape.n, tuning.block, tuning.programs)
-    constants = shape.flags() | constants | {"BLOCK": tuning.block, "MAX_PROGRAMS": tuning.programs}
-    integers = (shape.n, *before, iterations, programs, *shape.strides)
-    return Launch(kernel, (programs,), integers, constants, tuning.warps)
-
-
-@cached
-def _moments_launch(shape: RowsShape, plan: Plan, has_state: bool) -> Launch:
-    constants = {"M": plan.flags["M"], "HAS_STATE": plan.flags["HAS_STATE"], "ADVANCE": plan.baseline and has_state}
-    return _large(moments_kernel, shape, constants)
-
-
-_SUMS_FLAGS = ("METHOD_CODES", "M", "USED", "HAS_STATE", "STANDARDIZE", "LOG_RATIO", "HAS_FLOOR")
-_SCORES_FLAGS = ("USED", "STANDARDIZE", "CURRICULUM")
-
-
-@cached
-def _sums_launch(shape: RowsShape, plan: Plan) -> Launch:
-    return _large(sums_kernel, shape, {"GIVEN": plan.selected, **{name: plan.flags[name] for name in _SUMS_FLAGS}})
-
-
-def _scores(rows: Rows, summary: Tensor, out: Tensor, plan: Plan, key_method: int, seed: int) -> None:
-    launch = _scores_launch(rows.shape, plan, key_method)
-    launch(*rows.tensors, summary, out, options=(seed, plan.temperature, plan.power))
-
-
-@cached
-def _scores_launch(shape: RowsShape, plan: Plan, key_method: int) -> Launch:
-    tuning = up_to(LARGE, shape.n)
-    constants = shape.flags() | {"KEY_METHOD": key_method, "BLOCK": tuning.block}
-    constants |= {name: plan.flags[name] for name in _SCORES_FLAGS}
-    return Launch(scores_kernel, (ceil_div(shape.n, tuning.block),), (shape.n, *shape.strides), constants, tuning.warps)
+        if plan.selected:
+            summary, _ = _run_steps(rows, state, plan, Steps(moments=True), k, seed)
+            given = torch.empty(len(plan.methods), dtype=torch.float64, device=device)
+            for i, method in enumerate(plan.methods):
+                _chosen_loss(rows, baseline_choice(rows, method, summary, k, seed), given[i])
+            last = replace(last, moments=False, given=True)
+            _, indices = _run_steps(rows, state, plan, last, k, seed, summary=summary, given=given, **out)
+        else:
+            _, indices = _run_steps(rows, state, plan, last, k, seed, **out)
+    return scores, n_valid, indices
 
 
 _NO_OPTIONS = PackedOptions(0.0, 1.0, 0.0, 0.0, 0.0, 0.0, math.nan, 0.0, 1.0)
@@ -871,7 +1055,8 @@ def _key(rows: Rows, method: str, summary: Tensor, seed: int) -> Tensor:
     code = METHODS.index(method)
     dtype = torch.float64 if rows.losses.dtype == torch.float64 else torch.float32
     key = torch.empty(rows.losses.shape[0], dtype=dtype, device=rows.losses.device)
-    _scores(rows, summary, key, make_plan((code,), False, _NO_OPTIONS), code, seed)
+    steps = Steps(scores=True, key_method=code)
+    _run_steps(rows, None, make_plan((code,), False, _NO_OPTIONS), steps, 0, seed, summary=summary, scores=key)
     return key
 
 
@@ -893,21 +1078,26 @@ def _move_launch(kernel, k: int) -> Launch:
     return Launch(kernel, (ceil_div(k, MOVE_BLOCK),), (k,), {"BLOCK": MOVE_BLOCK}, MOVE_WARPS)
 
 
-def _chosen_loss(rows: Rows, chosen: Tensor, partials: Tensor, arrivals: Tensor, out: Tensor) -> None:
-    _chosen_loss_launch(rows.shape, chosen.shape[0])(*rows.tensors, chosen, partials, arrivals, out)
+def _chosen_loss(rows: Rows, chosen: Tensor, out: Tensor) -> None:
+    launch = _chosen_loss_launch(rows.shape, chosen.shape[0])
+    partials = torch.empty(2 * launch.grid[0], dtype=torch.float64, device=chosen.device)
+    launch(*rows.tensors, chosen, partials, counters(chosen.device, 1), out)
 
 
 @cached
 def _chosen_loss_launch(shape: RowsShape, k: int) -> Launch:
-    return _large(chosen_loss_kernel, shape._replace(n=k), {}, shape.n)
+    tuning = up_to(LARGE, k)
+    programs, iterations = chunks(k, tuning.block, tuning.programs)
+    constants = shape.flags() | {"BLOCK": tuning.block, "MAX_PROGRAMS": tuning.programs}
+    integers = (k, shape.n, iterations, programs, *shape.strides)
+    return Launch(chosen_loss_kernel, (programs,), integers, constants, tuning.warps)
 
 
 def choose_coreset1(rows: Rows, scores: Tensor, k: int, order: str, seed: int) -> Tensor:
     """Both ends of the losses: the k rows coreset1 alone chooses, ordered by row or by `scores`."""
-    device = rows.losses.device
     plan = make_plan((_CORESET1,), False, _NO_OPTIONS)
     with launch_device(rows.losses):
-        summary, *_ = _moments(rows, None, plan, torch.empty((), dtype=torch.int64, device=device))
+        summary, _ = _run_steps(rows, None, plan, Steps(moments=True), k, seed)
         chosen = baseline_choice(rows, _CORESET1, summary, k, seed)
         # scores of the chosen rows, NaN (after every number) elsewhere
         masked = torch.full_like(scores, math.nan)
@@ -932,16 +1122,18 @@ def score_rows(
         inner_order = None if both_ends else order
         scores, n_valid, indices = one_program(rows, state, plan, k, inner_order, seed, out_losses)
     else:
-        scores, n_valid = many_programs(rows, state, plan, k, seed)
-        indices = None
+        select = order is not None and not both_ends
+        scores, n_valid, indices = many_programs(rows, state, plan, k, select, seed)
         if out_losses is not None:
             out_losses.copy_(rows.losses)
     if order is None:
         return scores, n_valid, None
     if both_ends:
         indices = choose_coreset1(rows, scores, k, order, seed)
-    elif not small:
-        indices = select_topk(scores, k, True, order)
+    elif not small and order == "score" and k > 1:
+        assert indices is not None
+        with launch_device(scores):
+            indices = sort_chosen(scores, indices, True)
     return scores, n_valid, indices
 
 
@@ -995,30 +1187,24 @@ def shipped() -> Iterator[Compilation]:
                     }, block_warps(block), ones=ones,
                 )  # fmt: skip
             sized = {"BLOCK": large.block, "MAX_PROGRAMS": large.programs}
-            flags = plan.flags
-            launch = {"partials_ptr": "fp64", "arrivals_ptr": "i32", "summary_ptr": "fp64"}
-            yield Compilation(
-                f"moments-{pointee}-{name}", moments_kernel,
-                inputs | launch | {"state_ptr": "fp64", "n_valid_ptr": "i64"},
-                row_flags | sized | {"M": flags["M"], "HAS_STATE": True, "ADVANCE": plan.baseline},
-                large.warps, ones=ones,
-            )  # fmt: skip
-            if not plan.baseline:
-                for given in (False, True):
-                    yield Compilation(
-                        f"sums-{pointee}-{name}-{given}", sums_kernel,
-                        inputs | launch | {"state_ptr": "fp64", "given_ptr": "fp64"},
-                        row_flags | sized | {
-                            "GIVEN": given, **{key: flags[key] for key in _SUMS_FLAGS},
-                        }, large.warps, ones=ones,
-                    )  # fmt: skip
-            yield Compilation(
-                f"scores-{pointee}-{name}", scores_kernel, inputs | {"summary_ptr": "fp64", "scores_ptr": "fp32"},
-                row_flags | {
-                    "KEY_METHOD": plan.methods[0] if plan.baseline else -1, "BLOCK": large.block,
-                    **{key: flags[key] for key in _SCORES_FLAGS},
-                }, large.warps, ones=ones,
-            )  # fmt: skip
+            key_method = plan.methods[0] if plan.baseline else -1
+            whole = Steps(True, not plan.baseline, True, key_method, final=True, select=True)
+            parts = {"large": whole}
+            if name == "every":
+                # the losses of the rows each method alone chooses come between the moments and the sums
+                parts["moments"] = Steps(moments=True)
+                parts["key"] = Steps(scores=True, key_method=_ADABOOST)
+                parts["given"] = replace(whole, moments=False, given=True)
+            for part, steps in parts.items():
+                yield Compilation(
+                    f"{part}-{pointee}-{name}", large_kernel,
+                    inputs | {
+                        "state_ptr": "fp64", "given_ptr": "fp64", "summary_ptr": "fp64", "counters_ptr": "i32",
+                        "scores_ptr": "fp32", "n_valid_ptr": "i64", "search_ptr": "i64", "table_ptr": "i32",
+                        "indices_ptr": "i64",
+                    },
+                    row_flags | sized | step_flags(plan, steps), large.warps, ones=ones,
+                )  # fmt: skip
         yield Compilation(
             f"chosen-{pointee}", chosen_loss_kernel,
             inputs | {"chosen_ptr": "i64", "partials_ptr": "fp64", "arrivals_ptr": "i32", "mean_ptr": "fp64"},

@@ -4,6 +4,7 @@ import struct
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -92,13 +93,60 @@ def ordered_key(x, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def settle():
+    """Every thread's stores and additions precede what any thread of the program does next with `release`."""
+    if is_hip():
+        # AMD's barrier does not wait for memory, and the release of one wave only for its own
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [tl.arange(0, 64)], tl.int32, is_pure=False, pack=1
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
 def last_to_arrive(counter_ptr, arrivals):
     """True in the program that arrives last: it sees what all the others stored, and leaves the counter at 0.
 
-    The barrier makes every thread's stores precede this program's arrival; read the others' data with `.cg`.
+    Read the others' data with `.cg`.
     """
-    tl.debug_barrier()
+    settle()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == arrivals - 1
     if last:
         tl.store(counter_ptr, 0)
     return last
+
+
+TICKETS = tl.constexpr(16)  # int32 at the start of a launch's counters: its tickets, then the arrivals of each step
+
+
+@triton.jit
+def begin_step(counters_ptr, programs):
+    """(step, program) of this program in a launch of several steps of `programs` programs each; the steps before are done.
+
+    Numbers are given out in the order in which programs start, not by program_id: whoever is waited for has started, and
+    the program with the lowest number at work waits for nobody. So a launch ends however few programs run at a time.
+    """
+    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    step = ticket // programs
+    if step > 0:
+        # acquire, then the barrier that hands the answer to every thread: what the step before stored is seen by `.cg`
+        while tl.atomic_add(counters_ptr + step, 0, sem="acquire") < programs:
+            pass
+    return step, ticket % programs
+
+
+@triton.jit
+def end_step(counters_ptr, step, programs, STEPS: tl.constexpr, COUNTERS: tl.constexpr):
+    """This program's stores precede its arrival; the last of the last step sets all counters back to 0.
+
+    Nobody looks at a counter then: all programs of the last step have arrived, so all earlier ones have ended.
+    """
+    ZEROS: tl.constexpr = 1024
+    if step < STEPS - 1:
+        settle()
+        tl.atomic_add(counters_ptr + 1 + step, 1, sem="release")
+    else:
+        if last_to_arrive(counters_ptr + 1 + step, programs):
+            for start in range(0, COUNTERS, ZEROS):
+                at = start + tl.arange(0, ZEROS)
+                tl.store(counters_ptr + at, tl.zeros([ZEROS], tl.int32), mask=at < COUNTERS)

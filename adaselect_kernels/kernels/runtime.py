@@ -1,6 +1,7 @@
 """What every launcher needs: launches prepared once, the device context, counters that are zero, and the list of what ships."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache, reduce
 from operator import or_
@@ -152,24 +153,53 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-COUNTERS = 8192  # int32 a stream: more than any launch needs
-_counters: dict[tuple[int, int], Tensor] = {}
+COUNTERS = 32768  # int32 a stream: more than any launch needs
+GRAPH_COUNTERS = 1 << 20  # int32 a device for all graphs, 4 MB: a selection from a large batch takes 8464
+_SEPARATE = 32  # int32 of a cache line: counters of two graphs share none
+_counters: dict[tuple[int, int, int], Tensor] = {}
+_of_graphs: dict[int, "_Reserve"] = {}
+_lock = threading.Lock()
+
+
+class _Reserve:
+    """Zeros dealt out once each and never taken back."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.zeros, self.used = torch.zeros(count, dtype=torch.int32, device=device), 0
+
+    def take(self, count: int) -> Tensor | None:
+        with _lock:
+            first = self.used
+            if first + count > self.zeros.numel():
+                return None
+            self.used += ceil_div(count, _SEPARATE) * _SEPARATE
+        return self.zeros[first : first + count]
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """int32 zeros that every launch leaves zero again, so that one buffer serves all launches of a stream in turn.
+    """[count] int32 zeros that every launch leaves zero again, so that one buffer serves all launches of a stream in turn.
 
     Each stream has its own: launches of two streams overlap, those of one never do, whichever threads they come from.
-    A CUDA graph gets zeros of its own, set by a node of the graph: a replay may run on any stream beside eager calls.
+    Each launch captured into a CUDA graph has its own for good, as a replay may run on any stream beside other work; they
+    were set to zero before, or, where no launch came before the capture or none are left, are set by a node of the graph.
     """
     assert count <= COUNTERS
     if device.type != "cuda":
-        key = (-1, 0)
+        stream = (-1, 0)
     elif torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        reserve = _of_graphs.get(device.index)
+        zeros = None if reserve is None else reserve.take(count)
+        return torch.zeros(count, dtype=torch.int32, device=device) if zeros is None else zeros
     else:
-        key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
-    buffer = _counters.get(key)
-    if buffer is None:
-        buffer = _counters.setdefault(key, torch.zeros(COUNTERS, dtype=torch.int32, device=device))
-    return buffer
+        stream = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
+    zeros = _counters.get((*stream, count))
+    if zeros is None:
+        buffer = _counters.get((*stream, COUNTERS))
+        if buffer is None:
+            buffer = _counters.setdefault((*stream, COUNTERS), torch.zeros(COUNTERS, dtype=torch.int32, device=device))
+        zeros = _counters.setdefault((*stream, count), buffer[:count])
+        if device.type == "cuda" and device.index not in _of_graphs:
+            reserve = _Reserve(device, GRAPH_COUNTERS)
+            torch.cuda.current_stream(device).synchronize()  # once a device: a replay on another stream finds zeros
+            _of_graphs.setdefault(device.index, reserve)
+    return zeros

@@ -1,8 +1,8 @@
 """Exact top-k of one row of scores: ties to the lower row, NaN last, deterministic.
 
-Up to ONE_PROGRAM_ROWS scores are chosen inside one program. More are chosen by a radix search for the k-th best key, one
-launch a digit of 8 bits, and a stable compaction; the counts are integers, so no order of arrival can change them.
-order="score" then sorts the k chosen only.
+Up to ONE_PROGRAM_ROWS scores are chosen inside one program. More are chosen by one launch of several steps: a radix search
+for the k-th best key, a step a digit, and a stable compaction; the counts are integers, so no order of arrival can change
+them. order="score" then sorts the k chosen only.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaselect_kernels.kernels.maths import last_to_arrive, ordered_key
+from adaselect_kernels.kernels.maths import TICKETS, begin_step, end_step, ordered_key
 from adaselect_kernels.kernels.runtime import (
+    TRITON_VERSION,
     Compilation,
     Launch,
     cached,
@@ -25,7 +26,9 @@ from adaselect_kernels.kernels.runtime import (
     up_to,
 )
 
-BINS = tl.constexpr(256)  # 8-bit digits: a histogram of 256 bins fits 8 registers a thread
+# Bits of a digit. A histogram counts in shared memory, where 4096 bins cost little more than 256, and 12 + 12 + 8 bits leave
+# a small table for the last digit; before Triton 3.8 each warp votes on every bit and counts 32 bins at a time.
+DIGIT_BITS = 12 if TRITON_VERSION >= (3, 8) else 8
 ALL_ROWS_RANKED = tl.constexpr(128)  # up to here every pair of rows is compared: 128 comparisons a thread, no search
 
 
@@ -94,96 +97,116 @@ def block_kernel(
     select_block(ordered_key(scores, LARGEST), rows, n, k, indices_ptr, BY_SCORE)
 
 
-@triton.jit(do_not_specialize=["n", "k", "iterations", "programs"])
-def digit_kernel(
-    scores_ptr, histogram_ptr, arrivals_ptr, search_ptr, counts_ptr, n, k, stride, iterations, programs,
-    SHIFT: tl.constexpr, LARGEST: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """One digit of the k-th best key. search = (its digits so far, how many keys equal to them are still needed).
+# A selection from many programs is one launch of several steps: a digit each, then the compaction. Its work memory, int32:
+# tickets, arrivals of each step (TICKETS numbers in all), then a histogram a digit. It is zero between launches.
 
-    counts [programs, 2 + BINS]: in the last round, the keys of each program above the digits so far, then those that
-    match them by digit, cumulated from the largest; the program that arrives last turns them into (rows above, rows
-    equal) before each program.
-    """
-    KEY: tl.constexpr = tl.uint64 if scores_ptr.dtype.element_ty == tl.float64 else tl.uint32
-    program = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    if FIRST:
-        needed = k.to(tl.int64)
-        prefix = (needed * 0).to(KEY)
+
+@triton.jit
+def load_keys(scores_ptr, start, n, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """Ordered keys of rows start .. start + BLOCK and which of them exist. `.cg`: other programs may have stored the scores."""
+    rows = start + tl.arange(0, BLOCK)
+    inside = rows < n
+    if start + BLOCK <= n:
+        scores = tl.load(scores_ptr + rows * stride, cache_modifier=".cg")  # no mask: 16 bytes a thread
     else:
-        prefix = tl.load(search_ptr).to(KEY)
-        needed = tl.load(search_ptr + 1)
-
-    # 1. histogram of this digit over the rows of this program that match the digits before it
-    counts = tl.zeros([BINS], tl.int32)
-    above = 0
-    for i in range(iterations):
-        rows = (program.to(tl.int64) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
-        inside = rows < n
-        keys = ordered_key(tl.load(scores_ptr + rows * stride, mask=inside, other=0.0), LARGEST)
-        if not FIRST:
-            higher = keys >> (SHIFT + 8)
-            if LAST:
-                above += tl.sum((inside & (higher > prefix)).to(tl.int32), axis=0)
-            inside = inside & (higher == prefix)
-        digit = ((keys >> SHIFT) & 255).to(tl.int32)
-        counts += tl.histogram(digit, BINS, mask=inside)
-    tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
-    if LAST:
-        at = counts_ptr + program.to(tl.int64) * (BINS + 1)
-        # keys of this program with a digit above d: total - (cumulated up to d)
-        beyond = above + tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)
-        tl.store(at + 1 + bins, beyond)
-        tl.store(at, above + tl.sum(counts, axis=0))
-
-    # 2. the program that arrives last finds the digit: rows above d < needed <= rows above d + rows of d
-    if last_to_arrive(arrivals_ptr, programs):
-        total = tl.load(histogram_ptr + bins, cache_modifier=".cg")
-        tl.debug_barrier()  # every warp has read the histogram
-        tl.store(histogram_ptr + bins, tl.zeros([BINS], tl.int32))
-        higher_rows = (tl.sum(total, axis=0) - tl.cumsum(total, axis=0)).to(tl.int64)
-        found = (higher_rows < needed) & (needed <= higher_rows + total)
-        digit = tl.sum(tl.where(found, bins, 0), axis=0)
-        needed -= tl.sum(tl.where(found, higher_rows, 0), axis=0)
-        prefix = (prefix << 8) | digit.to(KEY)
-        tl.store(search_ptr, prefix.to(tl.int64))
-        tl.store(search_ptr + 1, needed)
-        if LAST:
-            # 3. exclusive sums over the programs, in place of their first two counts
-            parts = tl.arange(0, MAX_PROGRAMS)
-            live = parts < programs
-            parts_ptr = counts_ptr + parts.to(tl.int64) * (BINS + 1)
-            part_above = tl.load(parts_ptr + 1 + digit, mask=live, other=0, cache_modifier=".cg")
-            # one digit lower everything equal is above too
-            lower = tl.load(
-                parts_ptr + digit, mask=parts < tl.where(digit > 0, programs, 0), other=0, cache_modifier=".cg"
-            )
-            all_keys = tl.load(parts_ptr, mask=live, other=0, cache_modifier=".cg")
-            part_equal = tl.where(digit > 0, lower, all_keys) - part_above
-            tl.debug_barrier()  # every warp has read the counts these replace
-            tl.store(parts_ptr, tl.cumsum(part_above, axis=0) - part_above, mask=live)
-            tl.store(parts_ptr + 1, tl.cumsum(part_equal, axis=0) - part_equal, mask=live)
+        scores = tl.load(scores_ptr + rows * stride, mask=inside, other=0.0, cache_modifier=".cg")
+    return ordered_key(scores, LARGEST), rows, inside
 
 
-@triton.jit(do_not_specialize=["n", "iterations"])
-def compact_kernel(
-    scores_ptr, search_ptr, counts_ptr, indices_ptr, n, stride, iterations,
-    LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def digit_place(d, KEY_BITS: tl.constexpr, BITS: tl.constexpr):
+    """(width, shift) of digit number d, the most significant first; the last one has what is left."""
+    left = KEY_BITS - BITS * d
+    width = tl.minimum(left, BITS)
+    return width, left - width
+
+
+@triton.jit
+def publish_digit(
+    counts, above, d, counters_ptr, table_ptr, program, programs,
+    KEY_BITS: tl.constexpr, BITS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows above the k-th best key, and as many equal to it as are needed, in ascending order."""
-    KEY: tl.constexpr = tl.uint64 if scores_ptr.dtype.element_ty == tl.float64 else tl.uint32
-    program = tl.program_id(0)
-    threshold = tl.load(search_ptr).to(KEY)
-    needed = tl.load(search_ptr + 1).to(tl.int32)
-    at = counts_ptr + program.to(tl.int64) * (BINS + 1)
-    above_before = tl.load(at)
-    equal_before = tl.load(at + 1)
+    """Add this program's counts [BINS] of digit d to the histogram; of the last digit also fill the program's column.
+
+    table [1 + digits, programs]: row 1 + b counts the program's keys above the digits so far with b after them, row 0 all
+    keys that are at least the digits so far.
+    """
+    BINS: tl.constexpr = 1 << BITS
+    LAST_BINS: tl.constexpr = 1 << (KEY_BITS - BITS * (DIGITS - 1))
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(counters_ptr + TICKETS + d * BINS + bins, counts, mask=counts > 0, sem="relaxed")
+    if d == DIGITS - 1:
+        total = above + tl.sum(counts, axis=0)
+        column = table_ptr + program.to(tl.int64)
+        tl.store(column + (1 + bins.to(tl.int64)) * programs, total - tl.cumsum(counts, axis=0), mask=bins < LAST_BINS)
+        tl.store(column, total)
+
+
+@triton.jit
+def find_digit(
+    d, k, counters_ptr, search_ptr, program, KEY: tl.constexpr, KEY_BITS: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """The first d digits of the k-th best key, how many keys equal to them are needed, and the last of the digits.
+
+    Every program of step d does this alone, from the histogram of digit d - 1 and what program 0 of step d - 1 left.
+    """
+    BINS: tl.constexpr = 1 << BITS
+    bins = tl.arange(0, BINS)
+    width, _ = digit_place(d - 1, KEY_BITS, BITS)
+    total = tl.load(
+        counters_ptr + TICKETS + (d - 1) * BINS + bins, mask=bins < tl.where(d > 0, 1 << width, 0), other=0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    prefix = tl.load(search_ptr + 2 * (d - 1), mask=d > 1, other=0, cache_modifier=".cg").to(KEY)
+    needed = tl.load(search_ptr + 2 * (d - 1) + 1, mask=d > 1, other=0, cache_modifier=".cg")
+    needed = tl.where(d > 1, needed, k.to(tl.int64))
+    # rows above d < needed <= rows above d + rows of d
+    higher_rows = (tl.sum(total, axis=0) - tl.cumsum(total, axis=0)).to(tl.int64)
+    found = (higher_rows < needed) & (needed <= higher_rows + total)
+    digit = tl.sum(tl.where(found, bins, 0), axis=0)
+    needed -= tl.sum(tl.where(found, higher_rows, 0), axis=0)
+    prefix = (prefix << width.to(KEY)) | digit.to(KEY)
+    tl.store(search_ptr + 2 * d, prefix.to(tl.int64), mask=program == 0)
+    tl.store(search_ptr + 2 * d + 1, needed, mask=program == 0)
+    return prefix, needed.to(tl.int32), digit
+
+
+@triton.jit
+def count_digit(
+    d, prefix, scores_ptr, counters_ptr, table_ptr, program, programs, n, stride, iterations,
+    KEY_BITS: tl.constexpr, BITS: tl.constexpr, DIGITS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Histogram of digit d over this program's keys that begin with `prefix`."""
+    width, shift = digit_place(d, KEY_BITS, BITS)
+    counts = tl.zeros([1 << BITS], tl.int32)
+    above = 0
+    first = program.to(tl.int64) * iterations
     for i in range(iterations):
-        rows = (program.to(tl.int64) * iterations + i) * BLOCK + tl.arange(0, BLOCK)
-        inside = rows < n
-        keys = ordered_key(tl.load(scores_ptr + rows * stride, mask=inside, other=0.0), LARGEST)
+        keys, _, inside = load_keys(scores_ptr, (first + i) * BLOCK, n, stride, LARGEST, BLOCK)
+        here = keys >> shift.to(keys.dtype)
+        higher = here >> width.to(keys.dtype)
+        above += tl.sum((inside & (higher > prefix)).to(tl.int32), axis=0)
+        digit = (here & ((1 << width) - 1).to(keys.dtype)).to(tl.int32)
+        counts += tl.histogram(digit, 1 << BITS, mask=inside & (higher == prefix))
+    publish_digit(counts, above, d, counters_ptr, table_ptr, program, programs, KEY_BITS, BITS, DIGITS)
+
+
+@triton.jit
+def compact(
+    threshold, needed, digit, scores_ptr, table_ptr, indices_ptr, program, programs, n, stride, iterations,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Write the rows above the threshold, and as many equal to it as are needed, in ascending order."""
+    # rows above and rows equal in the programs before this one; the threshold's last digit is `digit`
+    parts = tl.arange(0, MAX_PROGRAMS)
+    row = table_ptr + digit.to(tl.int64) * programs + parts
+    at_least = tl.load(row, mask=parts < program, other=0, cache_modifier=".cg")
+    higher = tl.load(row + programs, mask=parts < program, other=0, cache_modifier=".cg")
+    above_before = tl.sum(higher, axis=0)
+    equal_before = tl.sum(at_least - higher, axis=0)
+    first = program.to(tl.int64) * iterations
+    for i in range(iterations):
+        keys, rows, inside = load_keys(scores_ptr, (first + i) * BLOCK, n, stride, LARGEST, BLOCK)
         above = inside & (keys > threshold)
         equal = inside & (keys == threshold)
         # rows of this block before this one: above in the low half, equal in the high half of one scan
@@ -195,6 +218,42 @@ def compact_kernel(
         total = tl.sum(packed, axis=0)
         above_before += total & 0xFFFF
         equal_before += total >> 16
+
+
+@triton.jit
+def select_step(
+    d, scores_ptr, counters_ptr, search_ptr, table_ptr, indices_ptr, program, programs, n, k, stride, iterations,
+    BITS: tl.constexpr, DIGITS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Step d of a selection: count digit number d, or (d = DIGITS) write the chosen rows in ascending order."""
+    KEY: tl.constexpr = tl.uint64 if scores_ptr.dtype.element_ty == tl.float64 else tl.uint32
+    KEY_BITS: tl.constexpr = KEY.primitive_bitwidth
+    prefix, needed, digit = find_digit(d, k, counters_ptr, search_ptr, program, KEY, KEY_BITS, BITS)
+    if d < DIGITS:
+        count_digit(
+            d, prefix, scores_ptr, counters_ptr, table_ptr, program, programs, n, stride, iterations,
+            KEY_BITS, BITS, DIGITS, LARGEST, BLOCK,
+        )  # fmt: skip
+    else:
+        compact(
+            prefix, needed, digit, scores_ptr, table_ptr, indices_ptr, program, programs, n, stride, iterations,
+            LARGEST, BLOCK, MAX_PROGRAMS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "k", "iterations", "programs"])
+def radix_kernel(
+    scores_ptr, counters_ptr, search_ptr, table_ptr, indices_ptr, n, k, stride, iterations, programs,
+    BITS: tl.constexpr, DIGITS: tl.constexpr, COUNTERS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The k best of any number of rows. search [DIGITS + 1, 2]: see find_digit; table: see publish_digit."""
+    step, program = begin_step(counters_ptr, programs)
+    select_step(
+        step, scores_ptr, counters_ptr, search_ptr, table_ptr, indices_ptr, program, programs, n, k, stride, iterations,
+        BITS, DIGITS, LARGEST, BLOCK, MAX_PROGRAMS,
+    )  # fmt: skip
+    end_step(counters_ptr, step, programs, DIGITS + 1, COUNTERS)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -247,9 +306,9 @@ class RadixTuning(NamedTuple):
     programs: int  # at most
 
 
-# By the most rows. 8 rows a thread: a histogram's cost is shared by enough keys. The program that arrives last scans the
-# counts of all programs in one block of 1024; 16M rows are 8 blocks each.
-RADIX = {2**31: RadixTuning(block=2048, warps=8, programs=1024)}
+# By the most rows. 8 rows a thread: a histogram's cost is shared by enough keys. Every program scans the last digit's
+# counts of those before it in one block of 512, and a step of 512 programs is resident at once on 132 multiprocessors.
+RADIX = {2**31: RadixTuning(block=2048, warps=8, programs=512)}
 
 
 class RankTuning(NamedTuple):
@@ -306,34 +365,42 @@ def _block_launch(n: int, k: int, stride: int, largest: bool, ranked: bool) -> L
     return Launch(block_kernel, (1,), (n, k, stride), constants, block_warps(block))
 
 
+class RadixWork(NamedTuple):
+    """Digits of a key, and the work memory of a selection in steps (maths.begin_step)."""
+
+    bits: int
+    digits: int
+    counters: int  # int32 that are zero
+    search: int  # int64
+    table: int  # int32 a program
+
+    def constants(self) -> dict[str, int]:
+        return {"BITS": self.bits, "DIGITS": self.digits, "COUNTERS": self.counters}
+
+
+def radix_work(double: bool) -> RadixWork:
+    key_bits = 64 if double else 32
+    digits = ceil_div(key_bits, DIGIT_BITS)
+    last = key_bits - DIGIT_BITS * (digits - 1)
+    numbers = TICKETS.value + (digits - 1) * (1 << DIGIT_BITS) + (1 << last)
+    return RadixWork(DIGIT_BITS, digits, numbers, 2 * (digits + 1), 1 + (1 << last))
+
+
 def _radix_select(scores: Tensor, k: int, largest: bool, indices: Tensor) -> None:
-    digits, compact = _radix_launches(scores.shape[0], k, scores.stride(0), scores.dtype == torch.float64, largest)
-    programs = compact.grid[0]
-    search = torch.empty(2, dtype=torch.int64, device=scores.device)
-    counts = torch.empty(programs * (BINS.value + 1), dtype=torch.int32, device=scores.device)
-    zeros = counters(scores.device, BINS.value + 4)  # 16 bytes for the arrivals, then the histogram
-    histogram = zeros[4:]
-    for digit in digits:
-        digit(scores, histogram, zeros, search, counts)
-    compact(scores, search, counts, indices)
+    double, device = scores.dtype == torch.float64, scores.device
+    launch, programs, work = _radix_launch(scores.shape[0], k, scores.stride(0), double, largest)
+    search = torch.empty(work.search, dtype=torch.int64, device=device)
+    table = torch.empty(work.table * programs, dtype=torch.int32, device=device)
+    launch(scores, counters(device, work.counters), search, table, indices)
 
 
 @cached
-def _radix_launches(n: int, k: int, stride: int, double: bool, largest: bool) -> tuple[tuple[Launch, ...], Launch]:
-    """A launch a digit, from the most significant, and the compaction."""
-    tuning = up_to(RADIX, n)
+def _radix_launch(n: int, k: int, stride: int, double: bool, largest: bool) -> tuple[Launch, int, RadixWork]:
+    tuning, work = up_to(RADIX, n), radix_work(double)
     programs, iterations = chunks(n, tuning.block, tuning.programs)
-    sized = {"LARGEST": largest, "BLOCK": tuning.block}
-    first = 56 if double else 24
-    digits = tuple(
-        Launch(
-            digit_kernel, (programs,), (n, k, stride, iterations, programs),
-            {"SHIFT": shift, "FIRST": shift == first, "LAST": shift == 0, "MAX_PROGRAMS": tuning.programs, **sized},
-            tuning.warps,
-        )
-        for shift in range(first, -1, -8)
-    )  # fmt: skip
-    return digits, Launch(compact_kernel, (programs,), (n, stride, iterations), sized, tuning.warps)
+    constants = work.constants() | {"LARGEST": largest, "BLOCK": tuning.block, "MAX_PROGRAMS": tuning.programs}
+    grid = ((work.digits + 1) * programs,)
+    return Launch(radix_kernel, grid, (n, k, stride, iterations, programs), constants, tuning.warps), programs, work
 
 
 def sort_chosen(scores: Tensor, chosen: Tensor, largest: bool) -> Tensor:
@@ -363,9 +430,9 @@ def _gather_launch(k: int, stride: int, largest: bool) -> Launch:
 
 
 def shipped() -> Iterator[Compilation]:
-    """Every block size, digit and order of the selection, for float32 and float64 scores."""
+    """Every block size and order of the selection, for float32 and float64 scores."""
     radix, rank = RADIX[2**31], RANKS[2**31]
-    for pointee, shifts in (("fp32", (24, 16, 8, 0)), ("fp64", (56, 48, 40, 32, 24, 16, 8, 0))):
+    for pointee in ("fp32", "fp64"):
         scores = {"scores_ptr": pointee}
         for block in (16, ALL_ROWS_RANKED.value, 512, 1024, ONE_PROGRAM_ROWS):
             for by_score in (False, True) if block <= ALL_ROWS_RANKED.value else (False,):
@@ -373,19 +440,12 @@ def shipped() -> Iterator[Compilation]:
                     f"block-{pointee}-{block}-{by_score}", block_kernel, scores | {"indices_ptr": "i64"},
                     {"LARGEST": True, "BY_SCORE": by_score, "BLOCK": block}, block_warps(block), ones=("stride",),
                 )  # fmt: skip
-        search = {"search_ptr": "i64", "counts_ptr": "i32"}
-        for shift in shifts:
-            yield Compilation(
-                f"digit-{pointee}-{shift}", digit_kernel,
-                scores | search | {"histogram_ptr": "i32", "arrivals_ptr": "i32"},
-                {
-                    "SHIFT": shift, "LARGEST": True, "FIRST": shift == shifts[0], "LAST": shift == 0,
-                    "BLOCK": radix.block, "MAX_PROGRAMS": radix.programs,
-                }, radix.warps, ones=("stride",),
-            )  # fmt: skip
         yield Compilation(
-            f"compact-{pointee}", compact_kernel, scores | search | {"indices_ptr": "i64"},
-            {"LARGEST": True, "BLOCK": radix.block}, radix.warps, ones=("stride",),
+            f"radix-{pointee}", radix_kernel,
+            scores | {"counters_ptr": "i32", "search_ptr": "i64", "table_ptr": "i32", "indices_ptr": "i64"},
+            radix_work(pointee == "fp64").constants() | {
+                "LARGEST": True, "BLOCK": radix.block, "MAX_PROGRAMS": radix.programs,
+            }, radix.warps, ones=("stride",),
         )  # fmt: skip
         yield Compilation(
             f"rank-{pointee}", rank_kernel, scores | {"chosen_ptr": "i64", "indices_ptr": "i64"},
