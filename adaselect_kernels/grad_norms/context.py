@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaselect_kernels.grad_norms.recorder import Leaf, Recorder
+from adaselect_kernels.grad_norms.gradients import Leaf
+from adaselect_kernels.grad_norms.recorder import Recorder
 from adaselect_kernels.options import require_choice
 
 

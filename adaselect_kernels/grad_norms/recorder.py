@@ -3,203 +3,32 @@
 While a recorder is active, each torch function passes through it. Tensors are of three kinds: sample tensors, which have a
 sample axis (the model's inputs and what is computed from them); shared tensors, the parameters and what is computed from
 parameters and constants alone; constants. A function of sample and shared tensors is a use of parameters: its output
-gets a hook, and when the gradient arrives there the rule of the function gives the squared norms. Uses without a rule
-are refused, or differentiated one sample at a time. Before a backward pass the graph is walked: a parameter that it
-reaches by a way not seen here is refused too, so no part of a gradient is ever left out.
+gets a hook, and when the gradient arrives there (arrivals.py) the rule of the function gives the squared norms. Uses
+without a rule are refused, or differentiated one sample at a time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from adaselect_kernels.grad_norms import layout, rules
-from adaselect_kernels.grad_norms.gradients import (
-    Entry,
-    Leaf,
-    Slot,
-    Use,
-    by_rule,
-    replaced,
-    same_alone,
-    sample_gradient,
-    sq_norms_of,
-    tensors_in,
-)
+from adaselect_kernels.grad_norms import functions, layout, rules
+from adaselect_kernels.grad_norms.arrivals import Arrivals, UnaccountedParameter
+from adaselect_kernels.grad_norms.gradients import Slot, Use, replaced, same_alone, tensors_in
 from adaselect_kernels.grad_norms.layout import LEADING, Layout
+from adaselect_kernels.grad_norms.nodes import Attach, Keep, seen_through
 from adaselect_kernels.grad_norms.rows import Rows
 
 
-class UnaccountedParameter(ValueError):
-    """A parameter takes part in the loss in a way whose per-sample gradients are not known; nothing was computed."""
-
-
-class TensorMap:
-    """What is known of a tensor, by the object that it is; it may go when it likes."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref, Any]] = {}
-
-    def __setitem__(self, tensor: Tensor, value: Any) -> None:
-        self._entries[id(tensor)] = weakref.ref(tensor), value
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        entry = self._entries.get(id(tensor))
-        return entry is not None and entry[0]() is tensor
-
-    def __getitem__(self, tensor: Tensor) -> Any:
-        if tensor not in self:
-            raise KeyError(tensor.shape)
-        return self._entries[id(tensor)][1]
-
-    def get(self, tensor: Tensor) -> Any:
-        return self._entries[id(tensor)][1] if tensor in self else None
-
-
-class Keep(torch.autograd.Function):
-    """A node that is in no loss's graph and keeps tensors through the saved-tensor hooks: checkpointing may drop them."""
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise AssertionError("no loss depends on it")
-
-
-class Attach(torch.autograd.Function):
-    """Ties an output to `tensors` without changing it: their gradients are `gradients(g)`."""
-
-    @staticmethod
-    def forward(ctx, gradients: Callable[[Tensor], tuple], same: bool, out: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        if same:
-            ctx.mark_dirty(out)  # it stays the same tensor, and may still be written in place
-        return out
-
-    @staticmethod
-    def backward(ctx, grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, grads if ctx.needs_input_grad[2] else None, *ctx.gradients(grads)
-
-
-def _seen_through(tensor: Tensor, base: Tensor) -> Callable[[Tensor], Tensor]:
-    """From the gradient of `base` to that of `tensor`, itself or a view of it."""
-    if tensor is base:
-        return lambda grads: grads
-    shape, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset()
-    size, stride = base.shape, base.stride()
-
-    def through(grads: Tensor) -> Tensor:
-        if grads.stride() != stride:
-            grads = torch.empty_strided(size, stride, dtype=grads.dtype, device=grads.device).copy_(grads)
-        return grads.as_strided(shape, strides, grads.storage_offset() + offset)
-
-    return through
-
-
-_TENSOR_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-# Their results are elements of the parameter, each at most once: the gradient has the same norm there.
-_SELECTIONS = {
-    *("t", "T", "mT", "transpose", "permute", "movedim", "swapaxes", "view", "reshape", "flatten", "unflatten"),
-    *("squeeze", "unsqueeze", "contiguous", "view_as", "reshape_as", "narrow", "select", "split", "chunk", "unbind"),
-}
-
-
-def canonical(func: Any) -> tuple[str, bool]:
-    """The function's name without marks of operators, and whether it writes into its first argument."""
-    name = getattr(func, "__name__", str(func))
-    if name == "__get__":
-        return func.__self__.__name__, False
-    if name.startswith("__") and name.endswith("__"):
-        plain = name.strip("_")
-        if plain in rules.ELEMENTWISE:
-            return plain, False
-        if plain[0] in "ri" and plain[1:] in rules.ELEMENTWISE:
-            return plain[1:], plain[0] == "i"
-        return name, name == "__setitem__"
-    return (name[:-1], True) if name.endswith("_") and name[:-1] else (name, False)
-
-
-def opened(func: types.FunctionType) -> types.FunctionType | None:
-    """A Python function of torch as its own body runs it: without asking for an override of itself."""
-    asks = [name for name in func.__globals__ if name.startswith("has_torch_function")]
-    if not asks:
-        return None
-    scope = func.__globals__ | dict.fromkeys(asks, lambda *tensors: False)
-    body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    body.__kwdefaults__ = func.__kwdefaults__
-    return body
-
-
-class Recorder(TorchFunctionMode):
-    """See the module's docstring.
-
-    leaves: every trainable parameter of the model. norm_tensors: (module's name, weight or running mean) of each module
-    that has such, to name the one that is refused.
-    """
-
-    def __init__(
-        self,
-        leaves: Sequence[Leaf],
-        norm_tensors: Sequence[tuple[str, Tensor]],
-        *,
-        weight_gradients: str,
-        batchnorm: str,
-        fallback: str,
-        sample_dim: int,
-    ) -> None:
-        super().__init__()
-        self.leaves = {id(leaf.parameter): leaf for leaf in leaves}
-        self.norm_tensors = norm_tensors
-        self.weight_gradients, self.batchnorm, self.fallback = weight_gradients, batchnorm, fallback
-        self.sample_dim = sample_dim
-        self.rows: Rows | None = None
-        self.labels: dict[str, None] = {}
-        self.means_seen = False  # cross_entropy or nll_loss with reduction="mean"
-        self.mean_count: Tensor | int | None = None  # of the loss that was differentiated, where it is one of those
-        self.finished = False  # a backward pass has ended: the norms are there
-        self._busy = False  # gradients that flow now are of our own asking
-        self._closed = False  # the context has been left
-        self.reset()
+class Recorder(Arrivals):
+    """See the module's docstring; the arguments are those of Arrivals."""
 
     # ---- a batch
-
-    def reset(self) -> None:
-        self._samples = TensorMap()  # tensor -> Layout or None
-        self._shared = TensorMap()  # tensor -> (ids of its leaves, the leaf it is a selection of or None)
-        self._sample_nodes: dict[Any, Layout | None] = {}
-        self._accounted: set[Any] = set()
-        self._shared_nodes: dict[Any, frozenset[int]] = {}
-        self._segments: set[Any] = set()  # nodes of reentrant checkpoints
-        self._uses: list[tuple[Use, Any]] = []  # of the forward pass, with the node whose gradient each waits for
-        self._inputs: list[Tensor] = []  # kept, so that a recomputation finds the same objects
-        self.finished = False
-        self._means = TensorMap()  # mean losses -> how many terms
-        self.means_seen, self.mean_count = False, None
-        for key, leaf in self.leaves.items():
-            leaf.reset()
-            self._shared[leaf.parameter] = (frozenset([key]), leaf)
-
-    def open(self) -> None:
-        self.reset()
-        self.rows, self._closed = None, False
-
-    def close(self) -> None:
-        """Keep the norms and drop what only a backward pass needs; a later one is none of ours."""
-        self._closed = True
-        self._sample_nodes, self._accounted, self._shared_nodes = {}, set(), {}
-        self._segments, self._uses, self._inputs = set(), [], []
-        self._means = TensorMap()
-        self._samples, self._shared = TensorMap(), TensorMap()
 
     def begin(self, inputs: Any, sample_ids: Tensor | None) -> None:
         """The model is called with `inputs`: a new batch, or more of the one whose backward pass is still to come."""
@@ -225,11 +54,6 @@ class Recorder(TorchFunctionMode):
                 self._samples[tensor] = Layout(self.sample_dim)
 
     # ---- functions
-
-    def on(self) -> contextlib.AbstractContextManager:
-        """Autograd runs its nodes, and a mode its own function, without the mode: see functions there too."""
-        active = any(mode is self for mode in _get_current_function_mode_stack())
-        return contextlib.nullcontext() if active else self
 
     def _call(self, func, args, kwargs) -> Any:
         """Run a function; what checkpointing recomputes for its saved tensors is then seen as well."""
@@ -257,8 +81,8 @@ class Recorder(TorchFunctionMode):
                 "torch.autograd.grad inside PerSampleGradNorm: its gradients could not be told from those of the loss"
                 " (double backward is not supported)"
             )
-        name, writes = canonical(func)
-        if func.__name__ == "__set__" or (func.__name__ == "__get__" and name not in _TENSOR_PROPERTIES):
+        name, writes = functions.canonical(func)
+        if func.__name__ == "__set__" or (func.__name__ == "__get__" and name not in functions.TENSOR_PROPERTIES):
             return func(*args, **kwargs)
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
         for tensor in tensors:
@@ -320,32 +144,6 @@ class Recorder(TorchFunctionMode):
         self._set_layout(tensor, LEADING if leading else None)
         return True
 
-    def _walk(self, nodes: Sequence[Any]) -> tuple[list[Layout | None], list[tuple[int, str]], set[Any]]:
-        """Down the graph: layouts of the sample tensors first met, leaves that a node not seen here leads to, all nodes."""
-        layouts, leaves, seen = [], [], set()
-        stack = [(node, False) for node in nodes]  # and whether a sample tensor is above
-        while stack:
-            node, below_sample = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in self._sample_nodes and not below_sample:
-                layouts.append(self._sample_nodes[node])
-            if node.name() == "CheckpointFunctionBackward" and node not in self._segments:
-                # it calls its part of the model again when its turn comes
-                self._segments.add(node)
-                node.register_prehook(lambda grads: self.__enter__() and None)
-                node.register_hook(lambda above, below: self.__exit__(None, None, None))
-            for below, _ in node.next_functions:
-                if below is None:
-                    continue
-                if node not in self._accounted:
-                    key = id(getattr(below, "variable", None))
-                    sources = frozenset([key]) if key in self.leaves else self._shared_nodes.get(below, frozenset())
-                    leaves += [(source, node.name()) for source in sources if self.leaves[source].wanted]
-                stack.append((below, below_sample or node in self._sample_nodes))
-        return layouts, leaves, seen
-
     def _account(self, outputs: Sequence[Tensor], above: set[Any]) -> None:
         """The nodes that a call made, between its outputs and its inputs."""
         stack = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
@@ -364,7 +162,7 @@ class Recorder(TorchFunctionMode):
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         self._account(outputs, above)
         sources = frozenset().union(*(self._shared[tensor][0] for tensor in shared))
-        of = self._shared[shared[0]][1] if len(shared) == 1 and self._selects(name, args, kwargs) else None
+        of = self._shared[shared[0]][1] if len(shared) == 1 and functions.selects(name, args, kwargs) else None
         for tensor in outputs:
             if tensor in self._shared:
                 continue
@@ -374,35 +172,6 @@ class Recorder(TorchFunctionMode):
                 # entries keep the tensor while they need it; a strong reference here would be a cycle
                 tensor.register_hook(functools.partial(self._leaving, weakref.ref(tensor)))
         return out
-
-    def _selects(self, name: str, args, kwargs) -> bool:
-        if name == "__getitem__":
-            items = args[1] if isinstance(args[1], tuple) else (args[1],)
-            return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
-        if name == "embedding" and len(args) > 1:  # of constants, as a table of positions is used
-            given = (
-                dict(zip(("input", "weight", "padding_idx", "max_norm", "norm_type", "scale"), args, strict=False))
-                | kwargs
-            )
-            plain = given.get("padding_idx") is None and not given.get("scale") and not given.get("scale_grad_by_freq")
-            with torch._C.DisableTorchFunction():
-                return plain and given["input"].unique().numel() == given["input"].numel()
-        return name in _SELECTIONS
-
-    def _leaving(self, derived: Callable[[], Tensor | None], grads: Tensor) -> None:
-        """The graph behind a derived tensor is about to run, and to be freed: take what still needs it."""
-        tensor = derived()
-        if tensor is None or self._closed:
-            return
-        with self._apart():
-            for source in self._shared[tensor][0]:
-                leaf = self.leaves[source]
-                mine = [entry for entry in leaf.entries if entry.tensor is tensor and entry.explicit is None]
-                if mine and not leaf.closed:
-                    leaf.entries = [entry for entry in leaf.entries if entry not in mine]
-                    assert self.rows is not None
-                    parts = [sample_gradient(leaf, mine, self.rows, i) for i in range(self.rows.samples)]
-                    leaf.entries.append(Entry(None, "", None, (), (), False, torch.stack(parts)))
 
     # ---- uses
 
@@ -417,7 +186,7 @@ class Recorder(TorchFunctionMode):
         call = self._bind(name, args, kwargs, wanted, [tensor for tensor, _ in known]) if not writes else None
         simple = name in rules.ELEMENTWISE or name in rules.JOINING
         if call is None and not simple and isinstance(func, types.FunctionType):
-            body = opened(func)
+            body = functions.opened(func)
             if body is not None and name not in rules.RULES:
                 with self.on():
                     return body(*args, **kwargs)
@@ -487,7 +256,7 @@ class Recorder(TorchFunctionMode):
             # a view is rebased when it, or another view of its base, is written in place: only the base keeps its history
             bases = [tensor if tensor._base is None else tensor._base for tensor in outputs]
             if use.fused:
-                gradients = functools.partial(self._fired_fused, use, _seen_through(outputs[0], bases[0]))
+                gradients = functools.partial(self._fired_fused, use, seen_through(outputs[0], bases[0]))
                 Attach.apply(gradients, True, bases[0], *use.shared.values())
             elif not bases[0].requires_grad:
                 Attach.apply(lambda grads: (None,), True, bases[0], anchor)
@@ -499,7 +268,7 @@ class Recorder(TorchFunctionMode):
         if use.fused:
             pass
         elif len(outputs) == 1:
-            through = _seen_through(outputs[0], bases[0])
+            through = seen_through(outputs[0], bases[0])
             bases[0].register_hook(lambda grads: self._fired(use, [through(grads)]))
         else:
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._fired(use, list(grads)))
@@ -511,13 +280,6 @@ class Recorder(TorchFunctionMode):
 
     def _detached(self, value: Any) -> Any:
         return value.detach() if isinstance(value, Tensor) and value in self._shared else value
-
-    def _leaf_of(self, tensor: Tensor) -> Leaf:
-        return self.leaves[min(self._shared[tensor][0])]
-
-    def _leaves_of(self, use: Use) -> list[Leaf]:
-        keys = {key: None for tensor in use.shared.values() for key in sorted(self._shared[tensor][0])}
-        return [self.leaves[key] for key in keys if self.leaves[key].wanted]
 
     def _align(self, use: Use, outputs: Sequence[Tensor]) -> None:
         """A shared tensor may have as many entries along the output's sample axis: then sample i meets its entry i."""
@@ -550,105 +312,7 @@ class Recorder(TorchFunctionMode):
         plain = all(id(tensor) in self.leaves for tensor in shared) and len(shared) == len(use.shared)
         return self.weight_gradients == "fused" and name == "linear" and plain and "weight" in use.shared
 
-    # ---- gradients
-
-    @contextlib.contextmanager
-    def _apart(self) -> Iterator[None]:
-        """For our own arithmetic: neither seen nor differentiated."""
-        before, self._busy = self._busy, True
-        try:
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                yield
-        finally:
-            self._busy = before
-
-    def _samples_of(self, use: Use) -> tuple[Tensor, ...]:
-        if use.kept is None:
-            raise ValueError("a second backward pass through the same graph: its norms were formed by the first")
-        with self.on():  # checkpointing may recompute them here
-            kept = use.kept.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        use.kept = None
-        return kept
-
-    def _fired(self, use: Use, grads: Sequence[Tensor | None]) -> None:
-        if self._closed:
-            return
-        samples = self._samples_of(use)
-        with self._apart():
-            self._arrive(use, samples, grads)
-
-    def _arrive(self, use: Use, samples: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> None:
-        ready = []
-        for leaf in self._leaves_of(use):
-            if leaf.closed:
-                raise self._closed_before(leaf, use)
-            leaf.fired[use.late] += 1
-            leaf.fresh = True
-            for role, tensor in use.shared.items():
-                sources, whole = self._shared[tensor]
-                if id(leaf.parameter) in sources:
-                    view = use.call is not None and use.call.isometric and whole is leaf
-                    plain = use.call is not None and (view or tensor is leaf.parameter)
-                    leaf.entries.append(Entry(use, role, tensor, samples, grads, plain))
-            late_done = not use.late or leaf.fired[True] == leaf.uses[True]
-            if leaf.fired[False] == leaf.uses[False] and late_done:
-                ready.append(leaf)
-        self._close_together(use, ready)
-
-    def _closed_before(self, leaf: Leaf, use: Use) -> UnaccountedParameter:
-        return self._refusal(
-            leaf,
-            f"{use.name} again after its norm was formed: it is shared between segments of reentrant checkpointing"
-            " (use_reentrant=False works)",
-        )
-
-    def _close_together(self, use: Use, ready: list[Leaf]) -> None:
-        """Weight and bias of one call take one pass when nothing else feeds them."""
-        assert self.rows is not None
-        alone = [leaf for leaf in ready if len(leaf.entries) == 1 and leaf.entries[0].plain]
-        if len(alone) == 2 and alone[0].module_name == alone[1].module_name:
-            found = by_rule(alone[0].entries[0], self.rows, weight=True, bias=True)
-            if found is not None:
-                alone[0].close(found)
-                alone[1].close(torch.zeros_like(found))
-        for leaf in ready:
-            if not leaf.closed:
-                leaf.close(sq_norms_of(leaf, self.rows))
-
-    def _fired_fused(self, use: Use, through: Callable[[Tensor], Tensor], grads: Tensor) -> tuple[Tensor, ...]:
-        """The weight's and bias's gradients, and where nothing else feeds them their norms in the same pass."""
-        samples = self._samples_of(use)
-        assert use.call is not None
-        assert use.call.positions is not None
-        with self._apart():
-            grads = through(grads)
-            a, g = use.call.positions(self.rows, samples[0], use.layouts[0], grads, use.out_layouts[0])
-            bias = "bias" in use.shared
-            sq_norms, *found = rules.linear_grads_and_sq_norms(a, g, bias)
-            if not self._closed:
-                self._arrive_fused(use, samples, grads, sq_norms)
-            return tuple(part.to(t.dtype) for part, t in zip(found, use.shared.values(), strict=bias))
-
-    def _arrive_fused(self, use: Use, samples: tuple[Tensor, ...], grads: Tensor, sq_norms: Tensor) -> None:
-        leaves = self._leaves_of(use)
-        alone = all(leaf.uses[use.late] == 1 and not (use.late and leaf.uses[False]) for leaf in leaves)
-        if not alone:
-            self._arrive(use, samples, [grads])
-            return
-        for leaf in leaves:
-            if leaf.closed:
-                raise self._closed_before(leaf, use)
-            leaf.fresh = True
-            leaf.close(sq_norms)
-            sq_norms = torch.zeros_like(sq_norms)  # the first has all of it
-
-    # ---- what cannot be split by sample
-
-    def _refusal(self, leaf: Leaf, how: str) -> UnaccountedParameter:
-        return UnaccountedParameter(
-            f"{leaf.described} is used by {how}: its per-sample gradient norms are not known."
-            " Leave it out with parameters=..., or compute this part outside"
-        )
+    # ---- batch statistics and means
 
     def _is_training(self, args, kwargs) -> bool:
         return bool(kwargs.get("training", args[5] if len(args) > 5 else False))
@@ -679,7 +343,7 @@ class Recorder(TorchFunctionMode):
     def _note_mean(self, func, name: str, args, kwargs, tensors: Sequence[Tensor], out: Tensor) -> None:
         """How many terms a mean loss is the mean of; it stays that when it is multiplied by a number."""
         if func is torch.nn.functional.cross_entropy or func is torch.nn.functional.nll_loss:
-            count = self._mean_count(args, kwargs)
+            count = functions.mean_count(args, kwargs)
             if count is not None:
                 self._means[out] = count
                 self.means_seen = True
@@ -687,60 +351,3 @@ class Recorder(TorchFunctionMode):
             marked = [self._means[tensor] for tensor in tensors if tensor in self._means]
             if len(marked) == 1 and sum(tensor in self._samples for tensor in tensors) == 1:
                 self._means[out] = marked[0]
-
-    def _mean_count(self, args, kwargs) -> Tensor | int | None:
-        names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("reduction", "mean") != "mean" or not torch.is_grad_enabled():
-            return None
-        target = given["target"]
-        if target.is_floating_point():  # class probabilities
-            return target.numel() // target.shape[1 if target.dim() > 1 else 0]
-        with self._apart():
-            kept, weight = target != given.get("ignore_index", -100), given.get("weight")
-            return kept.sum() if weight is None else (weight[target.where(kept, 0)] * kept).sum()
-
-    # ---- backward
-
-    def watch(self) -> list[Any]:
-        """Hooks on the parameters: a gradient that arrives without a use having been seen is refused."""
-        return [leaf.parameter.register_hook(functools.partial(self._arrives, leaf)) for leaf in self.leaves.values()]
-
-    def _arrives(self, leaf: Leaf, grads: Tensor) -> None:
-        if self._busy or not leaf.wanted:
-            return
-        if self.weight_gradients == "none" or not leaf.fresh:
-            raise self._refusal(leaf, "a part of the model that was not seen (nested or unusual checkpointing)")
-        leaf.fresh = False
-
-    def _backward(self, loss: Tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
-        if inputs is not None:
-            raise ValueError(
-                "backward(inputs=...) leaves gradients out, and the norms would lack them: call backward()"
-            )
-        self.mean_count = self._means.get(loss)
-        if loss in self._shared:
-            raise self._refusal(
-                self._leaf_of(loss),
-                "a loss that no input was seen to reach (call the model itself; a scripted module hides its inputs)",
-            )
-        _, reached, nodes = self._walk([] if loss.grad_fn is None else [loss.grad_fn])
-        if reached:
-            key, node = reached[0]
-            raise self._refusal(
-                self.leaves[key], f"{node}, which is not a torch function that can be seen (a scripted module, an"
-                " autograd.Function, or a call of the model outside this context)",
-            )  # fmt: skip
-        loss.backward(gradient, retain_graph, create_graph)  # another context around this one sees it as well
-        for use, node in self._uses:
-            if use.kept is not None and node in nodes:
-                raise self._refusal(
-                    self._leaves_of(use)[0], f"{use.name}, which no gradient reached although the loss has it"
-                )
-        self._uses.clear()
-        with self._apart():
-            for leaf in self.leaves.values():
-                if leaf.entries and not leaf.closed:  # some of its uses had no part in the loss
-                    assert self.rows is not None
-                    leaf.close(sq_norms_of(leaf, self.rows))
-        self.finished = True
