@@ -48,10 +48,10 @@ def _panel(axes: Axes, found: Mapping[float, Mapping[str, Any]]) -> None:
             record = found[gamma].get(name)
             if record is None:
                 continue
-            # the parts of the median time, scaled to the median ratio
-            scale, bottom = record["over_plain"]["p50"] / record["us"]["p50"], 0.0
+            # the median of each part, in the proportions that make the bar the median ratio
+            medians, bottom = {stage: record["split_us"][stage]["p50"] for stage in STAGES}, 0.0
             for stage in STAGES:
-                height = record["split_us"][stage]["p50"] * scale
+                height = medians[stage] * record["over_plain"]["p50"] / sum(medians.values())
                 axes.bar(at + offset, height, WIDTH, bottom, color=COLORS[stage])
                 bottom += height
             ends = record["over_plain"]
