@@ -38,16 +38,16 @@ class Data:
     differs: str | None = None
 
     def limited(self, train: int | None, held_out: int | None) -> "Data":
-        """The first rows only, for smoke runs."""
+        """Fewer rows of each part, drawn at random once and for all: files may be sorted by class. None leaves all."""
+        said = ", ".join(
+            f"{rows:,} {what}" for rows, what in ((train, "training"), (held_out, "validation and test")) if rows
+        )
         return Data(
             self.name,
             self.task,
             self.classes,
-            *(
-                Split(part.inputs[:rows], part.targets[:rows])
-                for part, rows in ((self.train, train), (self.validation, held_out), (self.test, held_out))
-            ),
-            note=self.note + f" Only the first {train} and {held_out} rows of each part.",
+            *(_drawn(part, n) for part, n in ((self.train, train), (self.validation, held_out), (self.test, held_out))),
+            note=f"{self.note} Of these at most {said} rows, drawn at random." if said else self.note,
             differs=self.differs,
         )
 
@@ -56,6 +56,13 @@ class Data:
             return self
         parts = (Split(*(t.to(device) for t in part)) for part in (self.train, self.validation, self.test))
         return Data(self.name, self.task, self.classes, *parts, note=self.note, differs=self.differs)
+
+
+def _drawn(part: Split, rows: int | None) -> Split:
+    if rows is None or rows >= len(part.targets):
+        return part
+    chosen = torch.randperm(len(part.targets), generator=torch.Generator().manual_seed(0))[:rows]
+    return Split(part.inputs[chosen], part.targets[chosen])
 
 
 def load(name: str, folder: Path | None = None, **settings: float) -> Data:

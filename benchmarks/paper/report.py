@@ -26,7 +26,7 @@ adaselect experiment report
 ```
 
 A run is a directory with its configuration, a record an epoch and a checkpoint. The same command again skips what is
-finished and goes on with what was killed, bit for bit. `--smoke` proves an experiment with few rows and one rate.
+finished and goes on with what was killed, bit for bit on a CPU. `--smoke` proves an experiment with few rows and one rate.
 
 How it is measured:
 

@@ -82,7 +82,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             smoke=(("epochs", 10), ("points", 2)),
         ),
         Experiment("digits", "Digits, an MLP", "digits", "classification", 64, 20, 3, 64, smoke=_TINY),
-        Experiment("mnist", "MNIST, an MLP", "mnist", "classification", 128, 6, 3, 128, points=6, smoke=_TINY),
+        Experiment("mnist", "MNIST, an MLP", "mnist", "classification", 128, 8, 3, 128, points=4, train=20_000, smoke=_TINY),
         _resnet("cifar10", "CIFAR-10, ResNet-18"),
         _resnet("cifar100", "CIFAR-100, ResNet-18"),
         _resnet("svhn", "SVHN, ResNet-18"),

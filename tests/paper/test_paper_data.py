@@ -363,3 +363,16 @@ def test_regression_is_the_line_with_its_noise():
     assert not torch.equal(data.train.inputs[:100], data.test.inputs[:100])
     again = datasets.load("regression", noise=0.25)
     assert torch.equal(again.train.targets, data.train.targets)
+
+
+def test_limited_data_are_drawn_from_all_rows():
+    rows = torch.arange(1000)
+    part = datasets.Split(rows.float()[:, None], rows // 100)  # sorted by class, as files may be
+    data = datasets.Data("made", "classification", 10, part, part, part, "Made up.")
+    few = data.limited(200, 50)
+    assert [len(split.targets) for split in (few.train, few.validation, few.test)] == [200, 50, 50]
+    assert len(few.test.targets.unique()) == 10
+    assert torch.equal(few.train.inputs[:, 0].long() // 100, few.train.targets)
+    assert len(few.train.inputs.unique()) == 200
+    assert torch.equal(data.limited(200, 50).test.targets, few.test.targets)
+    assert data.limited(None, None) == data
