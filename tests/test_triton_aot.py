@@ -144,16 +144,24 @@ class TestPage:
 class TestModel:
     def test_a_tensor_counts_once_a_launch(self):
         scores = torch.empty(1 << 20)
-        launches = record(lambda: select_topk(scores, 1 << 10, order="index", impl="triton"))
-        assert static.bytes_given(launches[0]) >= 4 << 20
+        (launch,) = record(lambda: select_topk(scores, 1 << 10, order="index", impl="triton"))
+        assert static.bytes_given(launch) >= 4 << 20
         arguments = (scores, scores, scores[1:], 7, torch.empty(5, dtype=torch.int64))
-        assert static.bytes_given(launches[0]._replace(arguments=arguments)) == 2 * (4 << 20) - 4 + 40
+        assert static.bytes_given(launch._replace(arguments=arguments)) == 2 * (4 << 20) - 4 + 40
 
-    def test_the_time_is_launches_and_bytes(self):
+    def test_the_time_is_launches_waits_and_bytes(self):
         scores = torch.empty(1 << 20)
-        (launch, *_) = record(lambda: select_topk(scores, 5, order="index", impl="triton"))
-        of_a_megabyte = launch._replace(arguments=(torch.empty(1_000_000, dtype=torch.uint8),))
-        assert static.predicted_us([of_a_megabyte] * 3) == pytest.approx(3 * (2.0 + 1 / 4.3))
+        (launch,) = record(lambda: select_topk(scores, 5, order="index", impl="triton"))
+        names = launch.source.fn.arg_names
+        programs = launch.arguments[names.index("programs")]
+        assert launch.grid[0] == (static.waits(launch) + 1) * programs
+        assert static.waits(launch) >= 3, "a wait for each digit but the first, and for the compaction"
+        of_a_megabyte = [torch.empty(1_000_000, dtype=torch.uint8) if name == "scores_ptr" else 0 for name in names]
+        of_a_megabyte[names.index("programs")] = programs
+        of_a_megabyte = launch._replace(arguments=tuple(of_a_megabyte))
+        assert static.predicted_us([of_a_megabyte] * 3) == pytest.approx(3 * (2.0 + static.waits(launch) + 1 / 4.3))
+        alone = of_a_megabyte._replace(grid=(programs, 1, 1))
+        assert static.predicted_us([alone]) == pytest.approx(2.0 + 1 / 4.3)
 
     @pytest.mark.parametrize(
         ("registers", "shared", "num_warps", "expected"),
