@@ -100,7 +100,7 @@ def check_affine(x: Tensor, g: Tensor, mean: Tensor | None, rstd: Tensor | None,
 # ---- linear
 
 # N, T, d, p: one position; nothing a multiple of a tile; exactly tiles; a single feature; more positions than one block of
-# products; two stripes of a Gram matrix.
+# products; two stripes of a Gram matrix; vectors of several blocks, in several blocks of columns.
 LINEAR = (
     (5, 1, 37, 19),
     (3, 7, 1, 1),
@@ -110,6 +110,7 @@ LINEAR = (
     (2, 301, 17, 5),
     (1, 531, 9, 300),
     (2, 1100, 6, 7),
+    (2, 41, 1100, 2055),
 )
 
 

@@ -38,9 +38,10 @@ class TensorMap:
         return entry is not None and entry[0]() is tensor
 
     def __getitem__(self, tensor: Tensor) -> Any:
-        if tensor not in self:
+        entry = self._entries.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
             raise KeyError(tensor.shape)
-        return self._entries[id(tensor)][1]
+        return entry[1]
 
     def get(self, tensor: Tensor) -> Any:
         return self._entries[id(tensor)][1] if tensor in self else None
@@ -182,7 +183,7 @@ class Arrivals(TorchFunctionMode):
 
     def _arrive(self, use: Use, samples: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> None:
         ready = []
-        for leaf in self._leaves_of(use):
+        for leaf in use.leaves:
             if leaf.closed:
                 raise self._closed_before(leaf, use)
             leaf.fired[use.late] += 1
@@ -233,7 +234,7 @@ class Arrivals(TorchFunctionMode):
             return tuple(part.to(t.dtype) for part, t in zip(found, use.shared.values(), strict=bias))
 
     def _arrive_fused(self, use: Use, samples: tuple[Tensor, ...], grads: Tensor, sq_norms: Tensor) -> None:
-        leaves = self._leaves_of(use)
+        leaves = use.leaves
         alone = all(leaf.uses[use.late] == 1 and not (use.late and leaf.uses[False]) for leaf in leaves)
         if not alone:
             self._arrive(use, samples, [grads])
@@ -270,7 +271,11 @@ class Arrivals(TorchFunctionMode):
         if self._busy or not leaf.wanted:
             return
         if self.weight_gradients == "none" or not leaf.fresh:
-            raise self._refusal(leaf, "a part of the model that was not seen (nested or unusual checkpointing)")
+            raise self._refusal(
+                leaf,
+                "a part of the model that was not seen (reentrant checkpoints in reentrant ones, or around the whole model:"
+                " use_reentrant=False works)",
+            )
         leaf.fresh = False
 
     def _backward(self, loss: Tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
@@ -294,9 +299,7 @@ class Arrivals(TorchFunctionMode):
         loss.backward(gradient, retain_graph, create_graph)  # another context around this one sees it as well
         for use, node in self._uses:
             if use.kept is not None and node in nodes:
-                raise self._refusal(
-                    self._leaves_of(use)[0], f"{use.name}, which no gradient reached although the loss has it"
-                )
+                raise self._refusal(use.leaves[0], f"{use.name}, which no gradient reached although the loss has it")
         self._uses.clear()
         with self._apart():
             for leaf in self.leaves.values():

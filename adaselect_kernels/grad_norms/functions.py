@@ -1,5 +1,6 @@
 """What a torch function does with its arguments, by its name."""
 
+import functools
 import types
 from typing import Any
 
@@ -16,6 +17,7 @@ SELECTIONS = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def canonical(func: Any) -> tuple[str, bool]:
     """The function's name without marks of operators, and whether it writes into its first argument."""
     name = getattr(func, "__name__", str(func))

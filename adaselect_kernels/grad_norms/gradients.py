@@ -1,7 +1,7 @@
 """From the calls that a parameter took part in, and the gradients at their outputs, to its squared per-sample norms."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +44,14 @@ class Use:
     def __init__(self, func, name: str, args, kwargs, call: rules.Call | None) -> None:
         self.func, self.name, self.args, self.kwargs, self.call = func, name, args, kwargs, call
         self.shared: dict[str, Tensor] = {}  # role -> tensor, of the wanted ones
+        self.leaves: list[Leaf] = []  # whose gradient it is a part of
         self.layouts: list[Layout] = []  # of the sample tensors, in the order of their slots
         self.aligned: dict[int, Layout] = {}  # id of a shared tensor -> where its own sample axis is
         self.out_layouts: list[Layout] = []
         self.late = torch._C._current_graph_task_id() != -1
+        self.moments: tuple[Tensor, Tensor] | None = (
+            None  # mean and rstd of a normalisation, where they need not be found again
+        )
         self.kept: Tensor | None = None  # its node keeps the sample tensors, as autograd keeps its own
         self.fused = False
 
@@ -71,21 +75,24 @@ class Slot(int):
     """Stands for a sample tensor in the arguments that a use keeps."""
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """In a nest of tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    found = []
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list, dict)):
+            found += tensors_in(item)
+    return found
 
 
 def replaced(value: Any, by: Callable[[Any], Any]) -> Any:
     """The same nest of tuples, lists and dictionaries with every leaf replaced."""
     if isinstance(value, (tuple, list)):
-        items = [replaced(item, by) for item in value]
+        items = [replaced(item, by) if isinstance(item, (tuple, list, dict)) else by(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: replaced(item, by) for key, item in value.items()}
@@ -114,7 +121,9 @@ def by_rule(entry: Entry, rows: Rows, weight: bool, bias: bool) -> Tensor | None
     use = entry.use
     assert use is not None
     assert use.call is not None
-    return use.call.sq_norms(rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0], weight, bias)
+    where = (rows, entry.samples[0], use.layouts[0], entry.grads[0], use.out_layouts[0])
+    more = {} if use.moments is None else {"moments": use.moments}
+    return use.call.sq_norms(*where, weight, bias, **more)
 
 
 def _disjoint(leaf: Leaf, entries: Sequence[Entry]) -> bool:

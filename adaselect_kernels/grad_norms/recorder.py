@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +57,7 @@ class Recorder(Arrivals):
 
     def _call(self, func, args, kwargs) -> Any:
         """Run a function; what checkpointing recomputes for its saved tensors is then seen as well."""
-        top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-        hooks = top_hooks(False) if torch.is_grad_enabled() else None
+        hooks = self._saving_hooks() if torch.is_grad_enabled() else None
         if hooks is None:
             return func(*args, **kwargs)
         pack, unpack = hooks
@@ -69,6 +68,10 @@ class Recorder(Arrivals):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack_seen):
             return func(*args, **kwargs)
+
+    def _saving_hooks(self) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+        """What packs and unpacks the tensors that autograd saves, if anything does (checkpointing does)."""
+        return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -239,6 +242,8 @@ class Recorder(Arrivals):
         if any(at is None for at in where):
             raise self._refusal(self._leaf_of(wanted[0]), f"{name}, of whose output the sample axis is not known")
         use.out_layouts = [at for at in where if at is not None]
+        if call is not None and not self._saving_hooks():
+            use.moments = call.moments(outputs[0])
         self._align(use, outputs)
         samples = [tensor for tensor, _ in known]
         simple = name in rules.ELEMENTWISE or name in rules.JOINING
@@ -274,7 +279,8 @@ class Recorder(Arrivals):
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._fired(use, list(grads)))
         if not use.late:
             self._uses.append((use, bases[0].grad_fn))
-        for leaf in self._leaves_of(use):
+        use.leaves = self._leaves_of(use)
+        for leaf in use.leaves:
             leaf.uses[use.late] += 1
         return out
 

@@ -23,6 +23,7 @@ class Call:
     """A call that has a rule. `sq_norms(rows, x, layout, grads, grads_layout, weight, bias)` -> [samples].
 
     kind: calls of one kind on one parameter may be joined along their positions, where `positions` gives [N, T, ...].
+    moments(output) -> the mean and rstd that the call computed, to be handed to `sq_norms` as moments=; None: not there.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Call:
     sq_norms: Callable[..., Tensor | None]  # None: not this way, by calling again
     positions: Callable[..., tuple[Tensor, ...]] | None = None
     isometric: bool = True  # the norm does not depend on how the parameter is transposed or shaped
+    moments: Callable[[Tensor], tuple[Tensor, Tensor] | None] = lambda out: None
 
 
 def _operator(name: str, tensor: Tensor) -> Callable[..., Any]:
@@ -200,19 +202,33 @@ def _getitem(table: Tensor, index: Any) -> Call | None:
 
 
 def _affine_call(
-    x: Tensor, roles: dict[str, Tensor], normalized: Callable[..., tuple[Tensor | None, ...] | None]
+    x: Tensor,
+    roles: dict[str, Tensor],
+    normalized: Callable[..., tuple[Tensor | None, ...] | None],
+    node: str = "",
 ) -> Call:
-    """normalized(rows, x, layout) -> values [N, T, C], mean, rstd; grads are brought to the same shape by it too."""
+    """normalized(rows, x, layout, grads, grads_layout, moments) -> values [N, T, C], mean, rstd, grads [N, T, C].
 
-    def sq_norms(rows, x, layout, grads, grads_layout, weight, bias) -> Tensor | None:
-        found = normalized(rows, _same_dtype(x, grads), layout, grads, grads_layout)
+    node: of autograd, that saves mean and rstd as its second and third result.
+    """
+
+    def moments(out: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not node or out.grad_fn is None or out.grad_fn.name() != node:
+            return None
+        found = tuple(getattr(out.grad_fn, f"_saved_result{i}", None) for i in (1, 2))
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # half precision may save halves
+        mean, rstd = (m.detach() if isinstance(m, Tensor) and m.dtype == wide else None for m in found)
+        return None if mean is None or rstd is None else (mean, rstd)
+
+    def sq_norms(rows, x, layout, grads, grads_layout, weight, bias, moments=None) -> Tensor | None:
+        found = normalized(rows, _same_dtype(x, grads), layout, grads, grads_layout, moments)
         if found is None:
             return None
         values, mean, rstd, g = found
         assert g is not None
         return _operator("affine_grad_sq_norms", g)(values, g, mean, rstd, weight, bias)
 
-    return Call("affine", x, roles, sq_norms)
+    return Call("affine", x, roles, sq_norms, moments=moments)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -231,20 +247,24 @@ def _trailing(rows: Rows, tensor: Tensor, layout: Layout, dims: int) -> Tensor |
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
     dims = len(normalized_shape)
 
-    def normalized(rows, x, layout, grads, grads_layout):
+    def normalized(rows, x, layout, grads, grads_layout, moments):
         values, g = _trailing(rows, x, layout, dims), _trailing(rows, grads, grads_layout, dims)
         if values is None or g is None:
             return None
-        _, mean, rstd = torch.native_layer_norm(_wide(values), values.shape[2:], None, None, eps)
-        return values, mean.expand_as(values), rstd.expand_as(values), g
+        if moments is None:
+            _, *moments = torch.native_layer_norm(_wide(values), values.shape[2:], None, None, eps)
+        else:  # [..., 1 for each normalized dimension]
+            moments = [rows.by_sample(m, layout).reshape(*values.shape[:2], 1) for m in moments]
+        mean, rstd = (m.expand_as(values) for m in moments)
+        return values, mean, rstd, g
 
-    return _affine_call(input, _given(weight=weight, bias=bias), normalized)
+    return _affine_call(input, _given(weight=weight, bias=bias), normalized, "NativeLayerNormBackward0")
 
 
 def _rms_norm(input, normalized_shape, weight=None, eps=None) -> Call:
     dims = len(normalized_shape)
 
-    def normalized(rows, x, layout, grads, grads_layout):
+    def normalized(rows, x, layout, grads, grads_layout, moments):
         values, g = _trailing(rows, x, layout, dims), _trailing(rows, grads, grads_layout, dims)
         if values is None or g is None:
             return None
@@ -261,19 +281,23 @@ def _channels(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5) -> Call:
-    def normalized(rows, x, layout, grads, grads_layout):
+    def normalized(rows, x, layout, grads, grads_layout, moments):
         if not _leading(layout, grads_layout) or rows.samples != rows.count:
             return None
         values = _channels(x, x)
         n, positions, channels = values.shape
-        _, *moments = torch.native_group_norm(
-            _wide(x).contiguous(), None, None, n, channels, positions, num_groups, eps
-        )  # [N, groups] each
+        if moments is None:
+            _, *moments = torch.native_group_norm(
+                _wide(x).contiguous(), None, None, n, channels, positions, num_groups, eps
+            )  # [N, groups] each
         each = channels // num_groups
-        mean, rstd = (m.repeat_interleave(each, 1)[:, None].expand_as(values) for m in moments)
+        mean, rstd = (
+            m[:, None, :, None].expand(n, 1, num_groups, each).reshape(n, 1, channels).expand_as(values)
+            for m in moments
+        )
         return values, mean, rstd, _channels(x, grads)
 
-    return _affine_call(input, _given(weight=weight, bias=bias), normalized)
+    return _affine_call(input, _given(weight=weight, bias=bias), normalized, "NativeGroupNormBackward0")
 
 
 def _instance_norm(
@@ -291,7 +315,7 @@ def _batch_norm(
     if training:
         return None
 
-    def normalized(rows, x, layout, grads, grads_layout):
+    def normalized(rows, x, layout, grads, grads_layout, moments):
         if not _leading(layout, grads_layout) or rows.samples != rows.count:
             return None
         values = _channels(x, x)
@@ -304,7 +328,7 @@ def _batch_norm(
 def _prelu(input: Tensor, weight: Tensor) -> Call:
     """y = max(x, 0) + weight min(x, 0)."""
 
-    def normalized(rows, x, layout, grads, grads_layout):
+    def normalized(rows, x, layout, grads, grads_layout, moments):
         if not _leading(layout, grads_layout) or rows.samples != rows.count:
             return None
         n, channels = x.shape[0], weight.numel()

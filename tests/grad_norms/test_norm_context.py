@@ -1,5 +1,6 @@
 """The context leaves everything as it was: the model, its gradients, torch's modes, whatever happens inside."""
 
+import contextlib
 import copy
 import pickle
 
@@ -449,3 +450,27 @@ class TestMemory:
         assert extra[deep] <= 2 * layer + 8 * rows, f"{extra[deep]} bytes; the largest layer takes {layer}"
         assert extra[deep] - extra[shallow] <= layer / 2 + 8 * rows, f"grows with the depth: {extra}"
         assert extra[deep] < per_sample_weights, "as much as a gradient a sample"
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_normalisation_layers_give_their_moments_once(hooked, monkeypatch):
+    """The forward pass found them; where hooks on saved tensors hide them they are found again."""
+
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.group, self.layer = nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.LayerNorm((8, 5))
+
+        def forward(self, x):
+            return self.layer(self.group(self.conv(x)).relu())
+
+    model, x = Norms(), torch.randn(4, 3, 7)
+    again = []
+    for name in ("native_layer_norm", "native_group_norm"):
+        function = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, of=function: again.append(of) or of(*args))
+    packing = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with packing if hooked else contextlib.nullcontext(), PerSampleGradNorm(model, weight_gradients="none") as norms:
+        wave(model(x)).backward()
+    assert len(again) == (2 if hooked else 0)
+    assert_norms(norms, one_backward_a_sample(model, x))

@@ -304,6 +304,37 @@ for reentrant in (False, True):
         return Problem(small(), (torch.randn(5, 4, 6),), loss=loss)
 
 
+class NestedCheckpoints(nn.Module):
+    """A segment with checkpoints inside, and a layer between them that only the outer one covers."""
+
+    def __init__(self, outer: bool, inner: bool):
+        super().__init__()
+        self.outer, self.inner = outer, inner
+        self.first, self.between, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.one, self.two = Checkpointed.make(), Checkpointed.make()
+
+    def segment(self, x):
+        x = x + checkpoint(self.one, x, use_reentrant=self.inner)
+        return checkpoint(self.two, self.between(x), use_reentrant=self.inner)
+
+    def forward(self, x):
+        return self.last(checkpoint(self.segment, self.first(x), use_reentrant=self.outer))
+
+
+for outer in (False, True):
+    for inner in (False, True):
+        both = outer and inner
+
+        @case(
+            "Checkpoint",
+            f"nested, use_reentrant={outer} around use_reentrant={inner}",
+            REFUSED if both else EXACT,
+            "use_reentrant=False" if both else "",
+        )
+        def nested_checkpoints(outer=outer, inner=inner):
+            return Problem(NestedCheckpoints(outer, inner), (torch.randn(5, 4, 6),))
+
+
 COMPILED = {
     "backend='eager'": {"backend": "eager"},
     "backend='aot_eager', fullgraph=True": {"backend": "aot_eager", "fullgraph": True},
