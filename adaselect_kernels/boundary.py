@@ -116,7 +116,7 @@ WHAT_TO_PASS = (
 
 def _warn_fallback(reason: str, signed: bool) -> None:
     instead = "z_y - max_{j != y} z_j" if signed else "the difference of the two largest logits (top2_margin)"
-    warnings.warn(f"{reason} the distance to the boundary is not known: using {instead}", UserWarning, stacklevel=4)  # under no_grad
+    warnings.warn(f"{reason} the distance to the boundary is not known: using {instead}", UserWarning, stacklevel=4)
 
 
 def _check_matrix(name: str, value: object) -> None:
