@@ -274,11 +274,40 @@ def _growth(document: Document) -> Figure:
     return figure
 
 
+def _over_plain(document: Document) -> Figure | None:
+    """Per-sample gradient norms: the time of each way over a plain forward and backward, a group of bars a case."""
+    rows = _measured(document)
+    plain = {r["case"]: r["us"]["p50"] for r in rows if r["contender"] == "plain"}
+    rows = [r for r in rows if r["case"] in plain and r["contender"] != "plain"]
+    if not rows:
+        return None
+    cases, names = (list(dict.fromkeys(r[key] for r in rows)) for key in ("case", "contender"))
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(names) * len(cases)), layout="constrained")
+    height = 0.85 / len(names)
+    for i, name in enumerate(names):
+        own = [r for r in rows if r["contender"] == name]
+        places = [cases.index(r["case"]) + (i - (len(names) - 1) / 2) * height for r in own]
+        at = {q: [r["us"][q] / plain[r["case"]] for r in own] for q in ("p20", "p50", "p80")}
+        spread = [[m - low for low, m in zip(at["p20"], at["p50"], strict=True)]]
+        spread.append([high - m for m, high in zip(at["p50"], at["p80"], strict=True)])
+        label = name.replace("_", " ")
+        drawn = axes.barh(places, at["p50"], height, xerr=spread, label=label, error_kw={"lw": 0.8})
+        axes.bar_label(drawn, [f"{m:.2f}" for m in at["p50"]], label_type="center", fontsize=6, color="white")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(cases)), cases, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time over that of a plain forward and backward (median, 20th to 80th percentile)")
+    axes.set_title(document["title"])
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
 # group -> kind of figure -> drawing; None where there is too little to draw
 DRAWINGS: dict[str, dict[str, Callable[[Document], Figure | None]]] = {
     "fused_select": {"": _speedups},
     "per_sample_stats": {"": _bandwidth, "roofline": _roofline},
     "select_topk": {"": _topk},
     "growth": {"": _growth, "speedup": _speedup_over},
+    "grad_norms": {"": _over_plain},
     "end_to_end": {"": time_split},
 }
