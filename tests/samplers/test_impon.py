@@ -71,8 +71,8 @@ def test_it_finds_the_rows_of_large_loss(generator):
         rows = steps(sampler, losses, 100)
         later = [row for i, batch in enumerate(rows) if i % 5 for row in batch]  # not the first of an epoch
         means[lowest] = float(losses[later].mean())
-    assert means[False] > 3
-    assert means[True] < 1
+    assert means[False] > 2.5  # of all rows it is 2
+    assert means[True] < 1.5
 
 
 def test_explored_rows_are_of_the_rest_of_the_bank(generator):
