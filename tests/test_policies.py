@@ -13,7 +13,7 @@ import torch
 
 from adaselect_kernels.functional import baseline_select, baseline_select_from_losses, fused_select, select_from_losses
 from adaselect_kernels.options import METHODS, AdaSelectionOptions
-from adaselect_kernels.policies import POLICIES, get_policy
+from adaselect_kernels.policies import POLICIES, RECOMMENDED, get_policy
 from adaselect_kernels.state import AdaSelectionState
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -388,3 +388,12 @@ def test_a_policy_traces_as_one_graph(generator):
 def test_the_page_names_every_policy():
     text = (DOCS / "policies.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(POLICIES)
+
+
+def test_the_recommended_settings_are_those_the_page_names():
+    policy = get_policy("adaselection", 0.3, **RECOMMENDED)
+    assert policy.methods == ("big_loss", "uniform")
+    assert policy.config.options == AdaSelectionOptions(update="log_ratio")
+    page = (DOCS / "when_it_pays.md").read_text(encoding="utf-8")
+    assert "**RECOMMENDED" in page
+    assert all(f"`{word}`" in page for word in (*RECOMMENDED["methods"], RECOMMENDED["update"]))

@@ -25,6 +25,8 @@ POLICIES: dict[str, type[AdaSelection] | type[Baseline]] = {
     policy.name: policy for policy in (AdaSelection, *_BASELINES, *_NEIGHBOURS)
 }
 SAMPLER_NAMES = ("rs2", "impon", "p_sgd", "c_sgd", "infobatch", "dynams")  # they choose before the forward
+# Settings of "adaselection" that our experiments favour over the paper's (docs/when_it_pays.md): get_policy(..., **RECOMMENDED)
+RECOMMENDED: dict[str, Any] = {"methods": ("big_loss", "uniform"), "update": "log_ratio"}
 _OPTIONS = tuple(field.name for field in dataclasses.fields(AdaSelectionOptions))
 
 
@@ -70,4 +72,13 @@ def get_policy(name: str, gamma: float, **config: Any) -> Policy:
     return policy(policy.config_type(gamma, **config), **objects)  # type: ignore[arg-type]
 
 
-__all__ = ["POLICIES", "SAMPLER_NAMES", "AdaSelectionConfig", "Policy", "PolicyConfig", "Scored", "get_policy"]
+__all__ = [
+    "POLICIES",
+    "RECOMMENDED",
+    "SAMPLER_NAMES",
+    "AdaSelectionConfig",
+    "Policy",
+    "PolicyConfig",
+    "Scored",
+    "get_policy",
+]
