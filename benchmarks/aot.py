@@ -113,7 +113,7 @@ def heaviest(family: str, target: str, types: set[str], each_type: bool = True) 
     for entry in sorted(shipped(family, target), key=lambda entry: bool(HEAVY & set(entry.name.split("-")))):
         if input_type(entry) in types:
             kind = entry.kernel.fn.__name__, entry.name.split("-")[0], "conv" in entry.name
-            last[*kind, input_type(entry) if each_type else ""] = entry
+            last[(*kind, input_type(entry) if each_type else "")] = entry
     return {entry.name for entry in last.values()}
 
 

@@ -1,6 +1,6 @@
 """Shipped kernel configurations compiled ahead of time: each builds for its targets, does not spill, and loads wide.
 
-No GPU is needed. ADASELECT_AOT=all compiles every configuration for every target, in three times the time.
+No GPU is needed. ADASELECT_AOT=all compiles every configuration for every target, in four times the time.
 """
 
 import importlib.util
