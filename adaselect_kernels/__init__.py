@@ -9,9 +9,12 @@ from adaselect_kernels.functional import (
     fused_select,
     per_sample_stats,
     select_from_losses,
+    select_mask,
     select_topk,
 )
 from adaselect_kernels.grad_norms import PerSampleGradNorm
+from adaselect_kernels.linear import fused_linear_select, linear_per_sample_stats
+from adaselect_kernels.losses import mask_to_indices, selected_cross_entropy, selected_linear_cross_entropy
 from adaselect_kernels.options import AdaSelectionOptions
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.samplers import get_sampler
@@ -26,10 +29,16 @@ __all__ = [
     "WeightedSelection",
     "__version__",
     "bank_select",
+    "fused_linear_select",
     "fused_select",
     "get_policy",
     "get_sampler",
+    "linear_per_sample_stats",
+    "mask_to_indices",
     "per_sample_stats",
     "select_from_losses",
+    "select_mask",
     "select_topk",
+    "selected_cross_entropy",
+    "selected_linear_cross_entropy",
 ]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from adaselect_kernels import dispatch
 from adaselect_kernels._version import __version__
-from adaselect_kernels.functional import DEBUG_VARIABLE, Selection, fused_select
+from adaselect_kernels.checks import DEBUG_VARIABLE
+from adaselect_kernels.functional import Selection, fused_select
 from adaselect_kernels.options import METHODS
 from adaselect_kernels.state import AdaSelectionState
 

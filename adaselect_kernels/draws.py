@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from adaselect_kernels.functional import _check_float_vector, select_topk
+from adaselect_kernels.checks import check_float_vector
+from adaselect_kernels.functional import select_topk
 from adaselect_kernels.reference import philox_uniform
 from adaselect_kernels.state import check_seed
 
@@ -149,5 +150,5 @@ def uniform_noise(rows: int, step: Tensor | int, seed: int, device: torch.device
 
 
 def _usable(weights: Tensor) -> Tensor:
-    _check_float_vector("weights", weights)
+    check_float_vector("weights", weights)
     return weights.isfinite() & (weights >= 0)

@@ -5,7 +5,6 @@ Everything here is validated before any work: a refused call leaves its inputs a
 
 import math
 import numbers
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,26 +12,32 @@ import torch
 from torch import Tensor
 
 from adaselect_kernels import dispatch
+from adaselect_kernels.checks import (
+    FLOATS,
+    check_float_vector,
+    check_logits,
+    check_options,
+    check_state,
+    check_stats,
+    describe,
+    may_synchronise,
+    selected_count,
+)
 from adaselect_kernels.ops import rows_of
 from adaselect_kernels.options import (
     METHODS,
     ORDERS,
-    STATS,
-    UNITS,
     AdaSelectionOptions,
     PackedOptions,
     check_methods,
     require_choice,
 )
-from adaselect_kernels.state import AdaSelectionState, check_seed
+from adaselect_kernels.state import AdaSelectionState
 
 DEFAULT_METHODS = ("big_loss", "small_loss", "uniform")
-DEBUG_VARIABLE = "ADASELECT_DEBUG"
 
 _DEFAULT_OPTIONS = AdaSelectionOptions()
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _METHOD_CODES = {name: code for code, name in enumerate(METHODS)}
-_STAT_CODES = {name: code for code, name in enumerate(STATS)}
 
 
 class Selection(NamedTuple):
@@ -123,7 +128,7 @@ def fused_select(
     >>> fused_select(logits, torch.tensor([0, 0, 1, 0]), gamma=0.5, methods=("big_loss",)).indices
     tensor([1, 3])
     """
-    options = _DEFAULT_OPTIONS if options is None else _check_options(options)
+    options = _DEFAULT_OPTIONS if options is None else check_options(options)
     names = check_methods(methods)
     return _select_from_logits(
         logits, targets, gamma, names, state, options.packed, unit, order, ignore_index, label_smoothing, seed, impl
@@ -150,7 +155,7 @@ def select_from_losses(
     >>> select_from_losses(torch.tensor([0.1, 2.0, 0.5, 1.0]), gamma=0.5, methods=("big_loss",)).indices
     tensor([1, 3])
     """
-    options = _DEFAULT_OPTIONS if options is None else _check_options(options)
+    options = _DEFAULT_OPTIONS if options is None else check_options(options)
     names = check_methods(methods)
     return _select_from_losses(losses, grad_norms, gamma, names, state, options.packed, order, seed, impl)
 
@@ -242,15 +247,9 @@ def per_sample_stats(
     >>> stats.margin, stats.correct, stats.loss
     (tensor([2.]), tensor([1.]), None)
     """
-    if isinstance(stats, str) or not isinstance(stats, (tuple, list)):
-        raise TypeError(f"stats must be a tuple or list of names, got {stats!r}")
-    for stat in stats:
-        require_choice("stats", stat, STATS)
-    if not stats or len(set(stats)) != len(stats):
-        raise ValueError(f"stats must be distinct and at least one, got {tuple(stats)!r}")
-    _check_logits(logits, targets, unit, ignore_index, label_smoothing)
+    codes = check_stats(stats)
+    check_logits(logits, targets, unit, ignore_index, label_smoothing)
     backend = dispatch.resolve(impl, logits.device)
-    codes = [_STAT_CODES[stat] for stat in stats]
     if logits.requires_grad:
         logits = logits.detach()
     table = backend.per_sample_stats(logits, targets, codes, unit, ignore_index, float(label_smoothing))
@@ -275,7 +274,7 @@ def select_topk(
     >>> select_topk(torch.tensor([1.0, 3.0, 2.0, 3.0]), 3)
     tensor([1, 3, 2])
     """
-    _check_float_vector("scores", scores)
+    check_float_vector("scores", scores)
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"k must be an int, got {k!r}")
     if not 1 <= k <= scores.shape[0]:
@@ -284,6 +283,44 @@ def select_topk(
         raise TypeError(f"largest must be a bool, got {largest!r}")
     require_choice("order", order, ORDERS)
     return dispatch.resolve(impl, scores.device).select_topk(scores.detach(), k, largest, order)
+
+
+def select_mask(
+    scores: Tensor,  # [N], or [S, T] with per_sequence; float16, bfloat16, float32, float64; any strides
+    gamma: float,
+    *,
+    per_sequence: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """True for the clamp(floor(gamma n + 0.5), 1, n) best scores, n = how many are finite, counted on the device.
+
+    Where the valid rows are fewer than all, as tokens beside padding, `select_topk` would take gamma of all rows; this takes
+    gamma of the valid ones, without a synchronisation. -inf, +inf and NaN are not valid and never chosen; ties go to the
+    lower place; no finite score gives all False. per_sequence: scores [S, T], gamma of the finite ones of every row.
+
+    Returns bool, of the shape of scores; `mask_to_indices` makes rows of it. Memory beyond inputs and outputs: O(N).
+    Raises ValueError (gamma, shapes), TypeError (dtypes), RuntimeError (impl cannot serve the call).
+
+    >>> select_mask(torch.tensor([0.5, float("-inf"), 2.0, 1.0]), gamma=0.67)
+    tensor([False, False,  True,  True])
+    """
+    if not isinstance(per_sequence, bool):
+        raise TypeError(f"per_sequence must be a bool, got {per_sequence!r}")
+    if per_sequence:
+        if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.numel() == 0:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"scores per sequence must be [S, T] with S, T >= 1, got {got}")
+        check_float_vector("scores", scores.flatten())
+    else:
+        check_float_vector("scores", scores)
+    selected_count(gamma, 1)  # its checks
+    backend = dispatch.resolve(impl, scores.device)
+    scores = scores.detach()
+    return (
+        backend.select_mask(scores, float(gamma))
+        if per_sequence
+        else backend.select_mask(scores[None], float(gamma))[0]
+    )
 
 
 def bank_select(
@@ -315,7 +352,7 @@ def bank_select(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.device != features.device:
             raise ValueError(f"{name} must be on the device of features, {features.device}, got {tensor.device}")
-    if features.dtype not in (*_FLOATS, torch.uint8):
+    if features.dtype not in (*FLOATS, torch.uint8):
         raise TypeError(f"features must be float16, bfloat16, float32, float64 or uint8, got {features.dtype}")
     if features.dim() != 2:
         raise ValueError(f"features must be [N, D], got shape {tuple(features.shape)}")
@@ -336,7 +373,7 @@ def bank_select(
         raise TypeError(f"norm must be a number, got {norm!r}")
     if not isinstance(largest, bool):
         raise TypeError(f"largest must be a bool, got {largest!r}")
-    if features.device.type == "cuda" and _may_synchronise(rows):
+    if features.device.type == "cuda" and may_synchronise(rows):
         bad = (rows < 0) | (rows >= features.shape[0])
         if bad.any():
             place = int(bad.to(torch.int8).argmax())
@@ -345,25 +382,16 @@ def bank_select(
     return backend.bank_select(features.detach(), rows, theta.detach(), float(norm), k, largest)
 
 
-def selected_count(gamma: float, n: int) -> int:
-    """k = clamp(floor(gamma n + 0.5), 1, n). Raises TypeError or ValueError for a gamma outside (0, 1]."""
-    if type(gamma) is not float and (isinstance(gamma, bool) or not isinstance(gamma, numbers.Real)):
-        raise TypeError(f"gamma must be a number in (0, 1], got {gamma!r}")
-    if not 0.0 < gamma <= 1.0:
-        raise ValueError(f"gamma must be in (0, 1], got {gamma!r}")
-    return min(max(math.floor(gamma * n + 0.5), 1), n)
-
-
 _BASELINE: PackedOptions = _DEFAULT_OPTIONS.packed._replace(baseline=1.0)
 
 
 def _select_from_logits(
     logits, targets, gamma, names, state, packed, unit, order, ignore_index, label_smoothing, seed, impl
 ) -> Selection:
-    _check_logits(logits, targets, unit, ignore_index, label_smoothing)
+    check_logits(logits, targets, unit, ignore_index, label_smoothing)
     k = selected_count(gamma, rows_of(logits, unit))
     require_choice("order", order, ORDERS)
-    buffer, seed = _check_state(state, names, logits.device, seed)
+    buffer, seed = check_state(state, names, logits.device, seed)
     backend = dispatch.resolve(impl, logits.device)
     if logits.requires_grad:
         logits = logits.detach()
@@ -376,22 +404,22 @@ def _select_from_logits(
 
 
 def _select_from_losses(losses, grad_norms, gamma, names, state, packed, order, seed, impl) -> Selection:
-    _check_float_vector("losses", losses)
+    check_float_vector("losses", losses)
     k = selected_count(gamma, losses.shape[0])
     if "grad_norm" in names:
         if grad_norms is None:
             raise ValueError("the method 'grad_norm' needs grad_norms [N], got None")
-        _check_float_vector("grad_norms", grad_norms)
+        check_float_vector("grad_norms", grad_norms)
         if grad_norms.shape != losses.shape or grad_norms.device != losses.device or grad_norms.dtype != losses.dtype:
-            raise ValueError(f"grad_norms must be like losses, {_describe(losses)}, got {_describe(grad_norms)}")
+            raise ValueError(f"grad_norms must be like losses, {describe(losses)}, got {describe(grad_norms)}")
         grad_norms = grad_norms.detach()
     else:
         grad_norms = None
     require_choice("order", order, ORDERS)
-    buffer, seed = _check_state(state, names, losses.device, seed)
+    buffer, seed = check_state(state, names, losses.device, seed)
     backend = dispatch.resolve(impl, losses.device)
     losses = losses.detach()
-    if not math.isnan(packed.curriculum_power) and _may_synchronise(losses):
+    if not math.isnan(packed.curriculum_power) and may_synchronise(losses):
         negative = (losses < 0) & losses.isfinite()
         if negative.any():
             row = int(negative.to(torch.int8).argmax())
@@ -399,83 +427,3 @@ def _select_from_losses(losses, grad_norms, gamma, names, state, packed, order, 
     codes = [_METHOD_CODES[name] for name in names]
     indices, scores, n_valid = backend.select_from_losses(losses, grad_norms, buffer, codes, k, order, seed, packed)
     return Selection(indices, scores, losses.to(torch.float32), n_valid)
-
-
-def _check_options(options: AdaSelectionOptions) -> AdaSelectionOptions:
-    if not isinstance(options, AdaSelectionOptions):
-        raise TypeError(f"options must be AdaSelectionOptions, got {type(options).__name__}")
-    return options
-
-
-def _check_logits(logits: Tensor, targets: Tensor, unit: str, ignore_index: int, label_smoothing: float) -> None:
-    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
-        raise TypeError(f"logits and targets must be tensors, got {type(logits).__name__}, {type(targets).__name__}")
-    if logits.dtype not in _FLOATS:
-        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets must be int64 or int32, got {targets.dtype}")
-    shape = logits.shape
-    if len(shape) not in (2, 3):
-        raise ValueError(f"logits must be [N, C] or [N, T, C], got shape {tuple(shape)}")
-    if targets.shape != shape[:-1]:
-        raise ValueError(
-            f"targets must have the shape {tuple(shape[:-1])} of logits {tuple(shape)} without classes,"
-            f" got {tuple(targets.shape)}"
-        )
-    if 0 in shape:
-        raise ValueError(f"logits must not be empty, got shape {tuple(shape)}")
-    if targets.device != logits.device:
-        raise ValueError(f"targets must be on the device of logits, {logits.device}, got {targets.device}")
-    require_choice("unit", unit, UNITS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if type(label_smoothing) is not float and (
-        isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real)
-    ):
-        raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    if logits.device.type == "cuda" and _may_synchronise(logits):
-        bad = (targets != ignore_index) & ((targets < 0) | (targets >= shape[-1]))
-        if bad.any():
-            row = int(bad.flatten().to(torch.int8).argmax())
-            raise IndexError(
-                f"target {int(targets.flatten()[row])} of row {row} is outside [0, {shape[-1]}) and not"
-                f" ignore_index={ignore_index}"
-            )
-
-
-def _may_synchronise(tensor: Tensor) -> bool:
-    """Host checks of values: always on a CPU, on request elsewhere, never while tracing."""
-    if torch.compiler.is_compiling():
-        return False
-    return tensor.device.type == "cpu" or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
-
-
-def _check_float_vector(name: str, values: Tensor) -> None:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
-    if values.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {values.dtype}")
-    if values.dim() != 1 or values.shape[0] == 0:
-        raise ValueError(f"{name} must be [N] with N >= 1, got shape {tuple(values.shape)}")
-
-
-def _check_state(
-    state: AdaSelectionState | None, names: tuple[str, ...], device: torch.device, seed: int
-) -> tuple[Tensor | None, int]:
-    """The operators' state buffer and the seed as a signed 64-bit pattern."""
-    if state is not None:
-        if not isinstance(state, AdaSelectionState):
-            raise TypeError(f"state must be an AdaSelectionState, got {type(state).__name__}")
-        if state.methods != names:
-            raise ValueError(f"state is of methods {state.methods!r}, the call names {names!r}")
-        if state.device != device:
-            raise ValueError(f"state must be on the device of the input, {device}, got {state.device}")
-        seed = state.seed
-    seed = check_seed(seed)
-    return (None if state is None else state.buffer), (seed - 2**64 if seed >= 2**63 else seed)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

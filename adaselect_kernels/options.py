@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 METHODS = ("big_loss", "small_loss", "grad_norm", "adaboost", "coreset1", "coreset2", "uniform")
 STATS = ("loss", "lse", "grad_norm", "margin", "top2_margin", "entropy", "confidence", "correct")
+# Rows of `linear_partials`: of a row's logits z_j over a set of classes, the target y left out, with the largest m and
+# e_j = exp(z_j - m): m, sum e_j, sum e_j^2, sum e_j (z_j - m), the second largest, the largest of j < y, sum (z_j - m); z_y where
+# the set has the target, else 0; the number of classes but y; 1 where a logit is NaN, else 0. Nothing is -inf, sums of it 0.
+PARTIALS = ("max", "sum", "sum_sq", "sum_ex", "second", "before", "sum_x", "target", "count", "nan")
 UPDATES = ("relative", "log_ratio")
 METHOD_LOSSES = ("weighted", "selected")
 CURRICULUM_SCALES = ("sum_squares", "rms")

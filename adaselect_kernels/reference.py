@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaselect_kernels.options import ADABOOST_EPS, METHODS, STATS, STD_EPS, PackedOptions
+from adaselect_kernels.options import ADABOOST_EPS, METHODS, PARTIALS, STATS, STD_EPS, PackedOptions
 
 _MASK32 = 0xFFFFFFFF
 
@@ -90,18 +90,9 @@ def per_sample_stats(
         columns["loss"] = (1 - label_smoothing) * nll + label_smoothing * (log_d - x.sum(1) / classes)
     rows = [torch.where(bad, math.nan, torch.where(kept, columns[STATS[i]], 0.0)) for i in stats]
     if logits.dim() == 3 and unit == "sample":
-        rows = [_mean_over_positions(STATS[i], row, kept, logits.shape[:2]) for i, row in zip(stats, rows, strict=True)]
+        kept = kept.view(logits.shape[:2])
+        rows = [mean_over_positions(STATS[i], row.view(kept.shape), kept) for i, row in zip(stats, rows, strict=True)]
     return torch.stack(rows)
-
-
-def _mean_over_positions(stat: str, values: Tensor, kept: Tensor, shape: Sequence[int]) -> Tensor:
-    count = kept.view(*shape).sum(1)
-    values = values.view(*shape)
-    if stat == "grad_norm":  # the norm for the mean loss
-        mean = values.square().sum(1).sqrt() / count
-    else:
-        mean = values.sum(1) / count
-    return torch.where(count > 0, mean, 0.0)
 
 
 def batch_scores(
@@ -308,6 +299,175 @@ def _choose(losses, valid, scores, methods, k, order, options) -> Tensor:
         return chosen.sort().values
     taken = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, chosen, True)
     return select_topk(torch.where(taken, scores, math.nan), k, True, "score")
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, logit_scale: float,
+    hidden_scale: Tensor | None = None, weight_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """z = softcap tanh(u / softcap), u = logit_scale (hidden weight^T + bias), stored, in the dtype of the statistics."""
+    dtype = compute_dtype(hidden.dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden_scale is not None and weight_scale is not None:
+        hidden, weight = hidden * hidden_scale[:, None], weight * weight_scale[:, None]
+    u = hidden @ weight.T
+    if bias is not None:
+        u = u + bias.to(dtype)
+    if logit_scale != 1.0:
+        u = u * logit_scale
+    return softcap * (u / softcap).tanh() if softcap > 0 else u
+
+
+def linear_per_sample_stats(
+    hidden, weight, targets, bias, stats, unit, ignore_index, label_smoothing, softcap, logit_scale
+) -> Tensor:
+    logits = linear_logits(hidden, weight, bias, softcap, logit_scale)
+    return per_sample_stats(logits, targets, stats, unit, ignore_index, label_smoothing)
+
+
+def fused_linear_select(
+    hidden, weight, targets, bias, state, methods, k, unit, order, ignore_index, label_smoothing, softcap, logit_scale,
+    seed, options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits = linear_logits(hidden, weight, bias, softcap, logit_scale)
+    return fused_select(logits, targets, state, methods, k, unit, order, ignore_index, label_smoothing, seed, options)
+
+
+def linear_partials(
+    hidden, weight, targets, bias, hidden_scale, weight_scale, first_class, class_stride, stats, ignore_index,
+    label_smoothing, softcap, logit_scale,
+) -> Tensor:  # fmt: skip
+    z = linear_logits(hidden, weight, bias, softcap, logit_scale, hidden_scale, weight_scale)
+    y = targets.to(torch.int64)[:, None]
+    classes = first_class + class_stride * torch.arange(weight.shape[0], device=z.device)
+    is_target = classes == y
+    others = z.masked_fill(is_target, -math.inf)
+    lowest = others.new_full((len(others), 2), -math.inf)
+    two = torch.cat([others, lowest], 1).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).topk(2, 1).values
+    m, empty = two[:, :1], two[:, :1] == -math.inf
+    x = torch.where(is_target, 0.0, z - torch.where(empty, 0.0, m))
+    e = torch.where(is_target, 0.0, x.exp())
+    count = (~is_target).sum(1)
+    rows = {
+        "max": m[:, 0],
+        "sum": e.sum(1),
+        "sum_sq": e.square().sum(1),
+        "sum_ex": torch.where(e == 0, 0.0, e * x).sum(1),
+        "second": two[:, 1],
+        "before": torch.where(classes < y, others, -math.inf).amax(1),
+        "sum_x": torch.where(empty[:, 0], 0.0, x.sum(1)),
+        "target": torch.where(is_target, z, 0.0).sum(1),
+        "count": count.to(z.dtype),
+        "nan": z.isnan().any(1).to(z.dtype),
+    }
+    return torch.stack([rows[name] for name in PARTIALS])
+
+
+def combine_partials(partials, targets, classes, stats, ignore_index, label_smoothing) -> Tensor:
+    p = dict(zip(PARTIALS, partials.unbind(1), strict=True))  # [R, N] each
+    y = targets.to(torch.int64)
+    kept = y != ignore_index
+    bad = kept & ((y < 0) | (y >= classes))
+    z_y, has_nan = p["target"].sum(0), p["nan"].amax(0) > 0
+    m_others = p["max"].amax(0)
+    m = torch.maximum(m_others, z_y)
+    shift = torch.where(p["max"] == -math.inf, -math.inf, p["max"] - m)  # of each set's origin to m
+    scale = shift.exp()
+    # sum e_j over j != y relative to m, and so on
+    s1, s2 = (scale * p["sum"]).sum(0), (scale.square() * p["sum_sq"]).sum(0)
+    ex = torch.where(scale == 0, 0.0, scale * (p["sum_ex"] + p["sum"] * shift)).sum(0)
+    sum_x = torch.where(p["count"] == 0, 0.0, p["sum_x"] + p["count"] * shift).sum(0)
+    x_y = z_y - m
+    e_y = x_y.exp()
+    d = s1 + e_y
+    log_d = torch.where(e_y == 1, s1.log1p(), d.log())
+    nll = log_d - x_y
+    nan = torch.full_like(nll, math.nan)
+    runner_up = torch.cat([p["max"], p["second"]]).topk(2, 0).values[1]
+    runner_up = torch.where(z_y >= m_others, m_others, torch.maximum(z_y, runner_up))
+    first = (y == 0) | (z_y > p["before"].amax(0))  # no lower class reaches z_y
+    columns = {
+        "loss": nll,
+        "lse": m + log_d,
+        "grad_norm": (s1.square() + s2).sqrt() / d,
+        "margin": torch.where(has_nan, nan, z_y - m_others),
+        "top2_margin": torch.where(has_nan, nan, m - runner_up) if classes > 1 else torch.full_like(m, math.inf),
+        "entropy": log_d - (ex + torch.where(e_y == 0, 0.0, e_y * x_y)) / d,
+        "confidence": e_y / d,
+        "correct": (first & (z_y >= m_others) & ~has_nan).to(z_y.dtype),
+    }
+    if label_smoothing > 0:
+        columns["loss"] = (1 - label_smoothing) * nll + label_smoothing * (log_d - (sum_x + x_y) / classes)
+    for name in ("loss", "lse", "grad_norm", "entropy", "confidence"):
+        columns[name] = torch.where(has_nan, nan, columns[name])
+    return torch.stack([torch.where(bad, math.nan, torch.where(kept, columns[STATS[i]], 0.0)) for i in stats])
+
+
+def mean_over_positions(stat: str, values: Tensor, kept: Tensor) -> Tensor:
+    """[N] from the values [N, T] of its positions: the mean over those kept, of grad_norm the norm for the mean loss."""
+    count = kept.sum(1)
+    if stat == "grad_norm":
+        mean = values.square().sum(1).sqrt() / count
+    else:
+        mean = values.sum(1) / count
+    return torch.where(count > 0, mean, 0.0)
+
+
+def logits_gradient(
+    row_weight, z, targets, lse, first_class, classes, label_smoothing, softcap, logit_scale, z_loss
+) -> Tensor:
+    """d/du of sum_i w_i l_i [N, V] from z, for classes from first_class on."""
+    weight = row_weight.to(z.dtype)[:, None]
+    columns = first_class + torch.arange(z.shape[1], device=z.device)
+    p = (z - lse[:, None]).exp()
+    grad = p * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / classes
+    grad = grad - (1 - label_smoothing) * (columns == targets[:, None]).to(z.dtype)
+    if softcap > 0:
+        grad = grad * (1 - (z / softcap).square())  # dz/du
+    return torch.where(weight == 0, 0.0, weight * grad * logit_scale)
+
+
+def cross_entropy_backward(row_weight, logits, targets, lse, label_smoothing, softcap, z_loss) -> Tensor:
+    z = logits.to(compute_dtype(logits.dtype))
+    z = softcap * (z / softcap).tanh() if softcap > 0 else z
+    grad = logits_gradient(row_weight, z, targets, lse, 0, z.shape[1], label_smoothing, softcap, 1.0, z_loss)
+    return grad.to(logits.dtype).contiguous()
+
+
+def linear_loss_backward(
+    row_weight,
+    rows,
+    weight,
+    targets,
+    lse,
+    bias,
+    first_class,
+    classes,
+    label_smoothing,
+    softcap,
+    logit_scale,
+    z_loss,
+    wanted,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = linear_logits(rows, weight, bias, softcap, logit_scale)
+    grad = logits_gradient(
+        row_weight, z, targets, lse, first_class, classes, label_smoothing, softcap, logit_scale, z_loss
+    )
+    nothing = weight.new_empty(0)
+    return (
+        grad @ weight.to(grad.dtype) if wanted[0] else grad.new_empty(0),
+        (grad.T @ rows.to(grad.dtype)).to(weight.dtype) if wanted[1] else nothing,
+        grad.sum(0).to(weight.dtype) if wanted[2] else nothing,
+    )
+
+
+def select_mask(scores: Tensor, gamma: float) -> Tensor:
+    finite = scores.isfinite()
+    n = finite.sum(1)
+    count = torch.minimum((gamma * n.to(torch.float64) + 0.5).floor().to(torch.int64).clamp(min=1), n)
+    order = torch.sort(torch.where(finite, scores, -math.inf), dim=1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[1], device=scores.device)
+    return torch.zeros_like(finite).scatter(1, order, places < count[:, None])
 
 
 def bank_select(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaselect_kernels import reference
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from adaselect_kernels.options import METHODS, STATS, AdaSelectionOptions
 
 CHUNK_ELEMENTS = 1 << 22  # of logits taken to float64 at a time

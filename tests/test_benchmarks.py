@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from adaselect_kernels import AdaSelectionState, fused_select, reference
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from adaselect_kernels.options import METHODS, STATS
 from benchmarks import gate, gpu, naive, records, runner, timing
 from benchmarks.__main__ import main

@@ -18,7 +18,8 @@ from adaselect_kernels import (
     select_from_losses,
     select_topk,
 )
-from adaselect_kernels.functional import baseline_select, baseline_select_from_losses, selected_count
+from adaselect_kernels.checks import selected_count
+from adaselect_kernels.functional import baseline_select, baseline_select_from_losses
 from adaselect_kernels.options import METHODS, STATS
 from tests.oracle import assert_within_budget, check_fused_select, expected_count, naive_stats, oracle_stats
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
-from adaselect_kernels.functional import SampleStats, selected_count
+from adaselect_kernels.checks import selected_count
+from adaselect_kernels.functional import SampleStats
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.training import Rows, SelectedBatches
 from adaselect_kernels.training.batches import count_rows, join_rows, map_leaves, move_to, slice_rows, take_rows

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.training import SelectedBatches
 from adaselect_kernels.training.schedules import ScheduleWarning, check_schedule, planned_updates, scale_schedule

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 
 TEST_SAMPLES = 360  # of 1797 images
 TRAIN_SAMPLES = 1437

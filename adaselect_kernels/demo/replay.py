@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from adaselect_kernels import dispatch
+from adaselect_kernels.checks import selected_count
 from adaselect_kernels.demo.config import DemoConfig, Variant
 from adaselect_kernels.doctor import compare_choices
-from adaselect_kernels.functional import Selection, selected_count
+from adaselect_kernels.functional import Selection
 from adaselect_kernels.policies import Policy, get_policy
 from adaselect_kernels.reference import philox_uniform
 

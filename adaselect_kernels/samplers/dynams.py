@@ -18,7 +18,8 @@ from adaselect_kernels.boundary import (
     logit_margins,
     pairwise_weight_norms,
 )
-from adaselect_kernels.functional import select_topk, selected_count
+from adaselect_kernels.checks import selected_count
+from adaselect_kernels.functional import select_topk
 from adaselect_kernels.models import SlimmableLinear, use_width
 from adaselect_kernels.options import require_choice
 from adaselect_kernels.samplers.sampler import OrderedSampler, check_row_numbers, require_bool, require_int

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from adaselect_kernels.samplers.sampler import OrderedSampler
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from adaselect_kernels.policies import Policy, get_policy
 from adaselect_kernels.training.batches import count_rows, take_rows
 from adaselect_kernels.training.files import replace_file

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch.optim import lr_scheduler as torch_schedules
 from torch.optim.lr_scheduler import LRScheduler
 
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 
 
 class ScheduleWarning(UserWarning):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.training import SelectedBatches
 from benchmarks import naive, timing

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaselect_kernels import AdaSelectionState, fused_select, per_sample_stats, select_from_losses
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from benchmarks import gate, naive
 from benchmarks.micro.case import DTYPES, OURS, Case, Contender, Group, captured, compile_peer, floors, make_logits
 from benchmarks.timing import Prepared

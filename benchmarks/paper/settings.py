@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaselect_kernels.functional import selected_count
+from adaselect_kernels.checks import selected_count
 from benchmarks.paper.tasks import SHORT, Experiment
 
 CANDIDATES = {

@@ -1,0 +1,250 @@
+"""Differentiable cross-entropy over chosen rows: the backward pass that a selection saves."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adaselect_kernels import dispatch
+from adaselect_kernels.checks import (
+    check_labels,
+    check_linear,
+    check_number,
+    check_rows,
+    check_targets,
+    may_synchronise,
+)
+from adaselect_kernels.linear import autocast_linear
+from adaselect_kernels.options import STATS, require_choice
+
+REDUCTIONS = ("mean", "sum", "none")
+_WANTED = [STATS.index("loss"), STATS.index("lse")]
+
+
+def selected_cross_entropy(
+    logits: Tensor,  # [N, C] or [N, T, C]; float16, bfloat16, float32, float64; any strides
+    targets: Tensor,  # [N] or [N, T]; int64 or int32
+    indices: Tensor,  # [k] int64, rows of the flattened logits; -1 is an empty place
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross-entropy of the chosen rows alone, differentiable in the logits; the others get a gradient of exactly 0.
+
+    Of a chosen row with target y, z = softcap tanh(logits / softcap) (softcap None: z = logits), lse = log sum_j e^z_j:
+    l = (1 - eps)(lse - z_y) + eps (lse - mean_j z_j) + z_loss lse^2, eps = label_smoothing.
+
+    indices: as a Selection gives them; [N, T, C] logits count flattened rows, as unit="token" does. A row named twice counts
+        twice. -1 is an empty place (see `mask_to_indices`): it has loss 0 and no gradient.
+    reduction: "mean" over the chosen rows that are not ignored (NaN if there are none, with gradients 0, as
+        torch.nn.functional.cross_entropy), "sum", or "none": [k], in the order of indices, 0 where ignored.
+    z_loss: weight of lse^2 (PaLM, arXiv 2204.02311), at least 0.
+
+    Returns a scalar or [k], float32 (float64 for float64 logits). The logits are not changed, nothing of them but the
+    tensor itself is kept, the device is not synchronised: gradients are right however often they are asked for.
+    Deterministic for distinct indices. No second derivatives. Memory beyond inputs and gradients: k rows of logits.
+
+    Raises ValueError, TypeError (shapes, devices, dtypes, options), IndexError (on a CPU: an index outside [-1, N), a chosen
+    target outside [0, C) that is not ignore_index; on CUDA such a row's loss and gradient are NaN, or with ADASELECT_DEBUG=1
+    it raises), RuntimeError (impl cannot serve the call).
+
+    >>> logits = torch.zeros(3, 2, requires_grad=True)
+    >>> selected_cross_entropy(logits, torch.tensor([0, 1, 1]), torch.tensor([1])).backward()
+    >>> logits.grad
+    tensor([[ 0.0000,  0.0000],
+            [ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]])
+    """
+    check_rows("logits", "C", logits, targets)
+    z_loss = _check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
+    backend = dispatch.resolve(impl, logits.device)
+    logits = logits.reshape(-1, logits.shape[-1])
+    rows, y = _rows_and_targets(indices, targets, logits.shape[-1], ignore_index)
+    settings = (float(label_smoothing), softcap or 0.0, z_loss)
+    losses = _CrossEntropy.apply(logits, targets.reshape(-1), rows, y, ignore_index, settings, backend)
+    return _reduce(losses, y, ignore_index, reduction)
+
+
+def selected_linear_cross_entropy(
+    hidden: Tensor,  # [N, H] or [N, T, H]; float16, bfloat16, float32, float64; any strides
+    weight: Tensor,  # [V, H], of the dtype of hidden
+    targets: Tensor,  # [N] or [N, T]; int64 or int32
+    indices: Tensor,  # [k] int64, rows of the flattened hidden; -1 is an empty place
+    *,
+    bias: Tensor | None = None,  # [V], of the dtype of hidden
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """`selected_cross_entropy` of logit_scale (hidden weight^T + bias), whose logits are never stored.
+
+    Differentiable in hidden, weight and bias. Forward and backward take k / N of the time of all rows: one product forward,
+    and backward the product again, a block of classes at a time, and the two of the gradients. Sums are accumulated in
+    float32 (float64 for float64 hidden), also over blocks, and gradients rounded once, to the dtype of their tensor. Under
+    torch.autocast hidden, weight and bias are cast as torch.nn.functional.linear casts them.
+
+    Memory beyond inputs and gradients: k rows of hidden states, and one block of classes of their logits.
+    Arguments, errors and the rest as in `selected_cross_entropy` and `linear_per_sample_stats`.
+
+    >>> hidden, weight = torch.zeros(3, 2, requires_grad=True), torch.eye(2)
+    >>> selected_linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 1]), torch.tensor([1])).backward()
+    >>> hidden.grad
+    tensor([[ 0.0000,  0.0000],
+            [ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]])
+    """
+    check_rows("hidden", "H", hidden, targets)
+    hidden, weight, bias = autocast_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, softcap, logit_scale)
+    z_loss = _check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
+    backend = dispatch.resolve(impl, hidden.device)
+    rows, y = _rows_and_targets(indices, targets, weight.shape[0], ignore_index)
+    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.clamp(min=0))
+    settings = (float(label_smoothing), softcap or 0.0, float(logit_scale), z_loss)
+    losses = _LinearCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, backend)
+    return _reduce(losses, y, ignore_index, reduction)
+
+
+def mask_to_indices(mask: Tensor, k: int, *, impl: str = "auto") -> Tensor:
+    """[k] int64: the flattened places where `mask` (bool, of `select_mask`) is true, ascending, then -1; no synchronisation.
+
+    Places beyond the first k are dropped: with k = clamp(floor(gamma N + 0.5), 1, N) of all N rows a mask of
+    `select_mask(scores, gamma)` has none.
+
+    >>> mask_to_indices(torch.tensor([False, True, False, True]), 3)
+    tensor([ 1,  3, -1])
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {got}")
+    mask = mask.reshape(-1)
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k must be an int, got {k!r}")
+    if not 1 <= k <= mask.shape[0]:
+        raise ValueError(f"k must be in [1, N] = [1, {mask.shape[0]}], got {k}")
+    rows = dispatch.resolve(impl, mask.device).select_topk(mask.to(torch.float32), k, True, "index")
+    order = (~mask[rows]).to(torch.int8).argsort(stable=True)  # rows that only fill up go last
+    rows = rows[order]
+    return torch.where(mask[rows], rows, -1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Losses [k] of chosen rows of logits [N, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits, targets, rows, y, ignore_index, settings, backend) -> Tensor:
+        label_smoothing, softcap, z_loss = settings
+        chosen = logits.detach().index_select(0, rows.clamp(min=0))
+        if softcap > 0:
+            chosen = softcap * (chosen.to(_statistics_dtype(chosen)) / softcap).tanh()
+        losses, lse = backend.per_sample_stats(chosen, y, _WANTED, "sample", ignore_index, label_smoothing)
+        if z_loss > 0:
+            losses = losses + z_loss * lse.square()
+        ctx.save_for_backward(logits, targets, rows, y, losses, lse)
+        ctx.ignore_index, ctx.settings, ctx.backend = ignore_index, settings, backend
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, targets, rows, y, losses, lse = ctx.saved_tensors
+        n = logits.shape[0]
+        row_weight = _row_weight(grad, losses, y, ctx.ignore_index)
+        place = torch.where(rows < 0, n, rows)  # an empty place writes beyond the end
+        weights = row_weight.new_zeros(n + 1).index_add(0, place, row_weight)[:n]
+        all_lse = lse.new_zeros(n + 1).index_copy(0, place, lse)[:n]
+        return ctx.backend.cross_entropy_backward(weights, logits, targets, all_lse, *ctx.settings), *[None] * 6
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Losses [k] of rows [k, H] under a linear classifier."""
+
+    @staticmethod
+    def forward(ctx: Any, rows, weight, bias, y, ignore_index, settings, backend) -> Tensor:
+        label_smoothing, softcap, logit_scale, z_loss = settings
+        losses, lse = backend.linear_per_sample_stats(
+            rows.detach(), weight.detach(), y, None if bias is None else bias.detach(), _WANTED, "sample", ignore_index,
+            label_smoothing, softcap, logit_scale,
+        )  # fmt: skip
+        if z_loss > 0:
+            losses = losses + z_loss * lse.square()
+        ctx.save_for_backward(rows, weight, bias, y, losses, lse)
+        ctx.ignore_index, ctx.settings, ctx.backend = ignore_index, settings, backend
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, weight, bias, y, losses, lse = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in range(3)]
+        row_weight = _row_weight(grad, losses, y, ctx.ignore_index)
+        grads = ctx.backend.linear_loss_backward(
+            row_weight, rows, weight, y, lse, bias, 0, weight.shape[0], *ctx.settings, wanted
+        )
+        grads = [g if want else None for g, want in zip(grads, wanted, strict=True)]
+        if grads[0] is not None:
+            grads[0] = grads[0].to(rows.dtype)
+        return *grads, None, None, None, None
+
+
+def _row_weight(grad: Tensor, losses: Tensor, y: Tensor, ignore_index: int) -> Tensor:
+    """Weight of each row in the gradient: 0 where ignored or empty, NaN where the loss is."""
+    return torch.where(y == ignore_index, 0.0, torch.where(losses.isnan(), math.nan, grad)).contiguous()
+
+
+def _rows_and_targets(indices: Tensor, targets: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The indices, and the target of each place: ignore_index where it is empty. On CUDA an index out of range is loud."""
+    targets = targets.reshape(-1)
+    n = targets.shape[0]
+    inside = (indices >= -1) & (indices < n)
+    if may_synchronise(indices) and not inside.all():
+        place = int((~inside).to(torch.int8).argmax())
+        raise IndexError(f"index {int(indices[place])} at place {place} is outside [-1, {n})")
+    rows = indices.clamp(-1, n - 1)
+    y = torch.where(rows < 0, ignore_index, targets[rows.clamp(min=0)].to(torch.int64))
+    y = torch.where(inside, y, classes if ignore_index != classes else -1)  # no class: its loss is NaN
+    check_targets(y, classes, ignore_index)
+    return rows, y
+
+
+def _reduce(losses: Tensor, y: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (y != ignore_index).sum()
+
+
+def _statistics_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss) -> float:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int64:
+        hint = "; mask_to_indices makes them of a mask" if indices.dtype == torch.bool else ""
+        raise TypeError(f"indices must be int64, got {indices.dtype}{hint}")
+    if indices.dim() != 1 or indices.shape[0] == 0:
+        raise ValueError(f"indices must be [k] with k >= 1, got shape {tuple(indices.shape)}")
+    if indices.device != targets.device:
+        raise ValueError(f"indices must be on the device of targets, {targets.device}, got {indices.device}")
+    require_choice("reduction", reduction, REDUCTIONS)
+    check_labels("token", ignore_index, label_smoothing)
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
+    check_number("z_loss", z_loss)
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss!r}")
+    return float(z_loss)
