@@ -16,7 +16,7 @@ from adaselect_kernels.grad_norms import PerSampleGradNorm
 from adaselect_kernels.linear import fused_linear_select, linear_per_sample_stats
 from adaselect_kernels.losses import mask_to_indices, selected_cross_entropy, selected_linear_cross_entropy
 from adaselect_kernels.options import AdaSelectionOptions
-from adaselect_kernels.policies import get_policy
+from adaselect_kernels.policies import TokenSelection, TokenSelector, get_policy
 from adaselect_kernels.samplers import get_sampler
 from adaselect_kernels.state import AdaSelectionState
 
@@ -26,6 +26,8 @@ __all__ = [
     "PerSampleGradNorm",
     "SampleStats",
     "Selection",
+    "TokenSelection",
+    "TokenSelector",
     "WeightedSelection",
     "__version__",
     "bank_select",

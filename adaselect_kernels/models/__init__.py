@@ -1,6 +1,7 @@
-"""Models: a ResNet-18 for 32x32 images, and slimmable networks that hold a thinner copy of themselves."""
+"""Models: a ResNet-18 for 32x32 images, a small GPT, and slimmable networks that hold a thinner copy of themselves."""
 
 from adaselect_kernels.models.convert import make_slimmable
+from adaselect_kernels.models.gpt import GPT
 from adaselect_kernels.models.resnet import ResNet18, resnet18
 from adaselect_kernels.models.slimmable import (
     SlimmableBatchNorm2d,
@@ -15,6 +16,7 @@ from adaselect_kernels.models.slimmable import (
 )
 
 __all__ = [
+    "GPT",
     "ResNet18",
     "SlimmableBatchNorm2d",
     "SlimmableConv2d",

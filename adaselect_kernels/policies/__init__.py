@@ -18,6 +18,7 @@ from adaselect_kernels.policies.adaselection import (
 )
 from adaselect_kernels.policies.neighbours import Importance, RhoLoss, SelectiveBackprop
 from adaselect_kernels.policies.policy import Policy, PolicyConfig, Scored
+from adaselect_kernels.policies.tokens import TokenSelection, TokenSelector, TokenSelectorConfig
 
 _BASELINES = (Uniform, BigLoss, SmallLoss, GradNorm, AdaBoost, Coreset1, Coreset2)
 _NEIGHBOURS = (SelectiveBackprop, RhoLoss, Importance)
@@ -31,7 +32,7 @@ _OPTIONS = tuple(field.name for field in dataclasses.fields(AdaSelectionOptions)
 
 
 def get_policy(name: str, gamma: float, **config: Any) -> Policy:
-    """The policy `name` at the sampling rate `gamma` in (0, 1].
+    """The policy `name` at the sampling rate `gamma` in (0, 1]. (Tokens by their hidden states: `TokenSelector`.)
 
     name: "adaselection" or one of the baselines "uniform", "big_loss", "small_loss", "grad_norm", "adaboost" (monotone
         in the loss, so alone it equals "big_loss"), "coreset1", "coreset2"; or of the neighbours "selective_backprop",
@@ -80,5 +81,8 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "Scored",
+    "TokenSelection",
+    "TokenSelector",
+    "TokenSelectorConfig",
     "get_policy",
 ]

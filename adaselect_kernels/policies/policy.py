@@ -3,7 +3,7 @@
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from adaselect_kernels.state import AdaSelectionState
 _FORMAT = 1
 _KEYS = {"format", "policy", "config", "state"}
 _FREE = ("seed", "impl")  # may differ on loading: the seed travels with the state, impl only names who computes
+_Chosen = TypeVar("_Chosen")
+_Self = TypeVar("_Self", bound="Chooser")
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Scored(NamedTuple):
     more: dict[str, Tensor]  # keyword arguments of `select` and `select_from_losses`
 
 
-class Policy:
-    """Chooses the rows worth a backward pass, call after call.
+class Chooser:
+    """A frozen configuration and an explicit state, which every call advances, saved and restored together.
 
     config: frozen settings. state: AdaSelectionState, updated in place by every call without a host synchronisation.
     The state follows the device of the first call (or is put on `device` now) and stays there: a later call from
@@ -74,38 +76,21 @@ class Policy:
     """
 
     name: ClassVar[str]
-    config_type: ClassVar[type[PolicyConfig]]
-    objects: ClassVar[tuple[str, ...]] = ()  # what `get_policy` passes on beside the configuration, as a model
-    weighted: ClassVar[bool] = False  # it returns a WeightedSelection
     methods: tuple[str, ...]
     state: AdaSelectionState
 
-    def __init__(
-        self, config: PolicyConfig, methods: tuple[str, ...], device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, config: Any, methods: tuple[str, ...], device: torch.device | str | None = None) -> None:
         self.config = config
         self.methods = methods
         self.state = AdaSelectionState.create(methods, "cpu" if device is None else device, config.seed)
         self._placed = device is not None
 
-    def select(self, logits: Tensor, targets: Tensor) -> Selection:
-        """Choose from logits [N, C] or [N, T, C] and targets [N] or [N, T]; as `fused_select`."""
-        raise NotImplementedError
-
-    def select_from_losses(self, losses: Tensor, grad_norms: Tensor | None = None) -> Selection:
-        """Choose from per-sample losses [N], and gradient norms [N] where the policy uses them."""
-        raise NotImplementedError
-
-    def score(self, model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
-        """What the scoring pass computes for a candidate batch: `forward(model, batch)`, unless the policy needs more."""
-        return forward(model, batch)
-
     def method_weights(self) -> dict[str, float] | None:
         """Weight of each method, read from the device; None where a policy has none."""
         return None
 
-    def to(self, device: torch.device | str) -> "Policy":
-        """Move the state to `device`, where it stays; returns the policy."""
+    def to(self: _Self, device: torch.device | str) -> _Self:
+        """Move the state to `device`, where it stays; returns self."""
         self.state = self.state.to(device)
         self._placed = True
         return self
@@ -144,7 +129,7 @@ class Policy:
         settings.update(settings.pop("options", {}), methods=list(self.methods))
         return {name: _plain(value) for name, value in settings.items() if name not in _FREE}
 
-    def _choose(self, function: Callable[..., Selection], inputs: Tensor, *args: Any, **settings: Any) -> Selection:
+    def _choose(self, function: Callable[..., _Chosen], inputs: Tensor, *args: Any, **settings: Any) -> _Chosen:
         """Call `function` with the state, on the device of `inputs` if this is the first call that succeeds."""
         settled = self._placed or not isinstance(inputs, Tensor)
         state = self.state if settled else self.state.to(inputs.device)
@@ -156,6 +141,28 @@ class Policy:
         return f"{type(self).__name__}({self.config}, {self.state})"
 
 
+class Policy(Chooser):
+    """Chooses the rows of a batch worth a backward pass, call after call."""
+
+    config_type: ClassVar[type[PolicyConfig]]
+    objects: ClassVar[tuple[str, ...]] = ()  # what `get_policy` passes on beside the configuration, as a model
+    weighted: ClassVar[bool] = False  # it returns a WeightedSelection
+
+    def select(self, logits: Tensor, targets: Tensor) -> Selection:
+        """Choose from logits [N, C] or [N, T, C] and targets [N] or [N, T]; as `fused_select`."""
+        raise NotImplementedError
+
+    def select_from_losses(self, losses: Tensor, grad_norms: Tensor | None = None) -> Selection:
+        """Choose from per-sample losses [N], and gradient norms [N] where the policy uses them."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> Any:
+        """What the scoring pass computes for a candidate batch: `forward(model, batch)`, unless the policy needs more."""
+        return forward(model, batch)
+
+
 def _plain(value: Any) -> Any:
-    """Numbers of other libraries as Python's, so that the dictionary loads with weights_only=True."""
+    """Numbers of other libraries as Python's and types by name, so that the dictionary loads with weights_only=True."""
+    if isinstance(value, torch.dtype):
+        return str(value)
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
