@@ -80,12 +80,12 @@ def linear_per_sample_stats(
     """
     codes = check_stats(stats)
     check_approximation(codes, score_dtype, vocab_stride)
-    exact = _statistics_dtype(hidden)
+    exact = statistics_dtype(hidden)
     hidden, weight, bias = check_classifier(
         hidden, weight, targets, bias, softcap, logit_scale, unit, ignore_index, label_smoothing, score_dtype
     )
     check_targets(targets, weight.shape[0], ignore_index)
-    check_stride(weight, vocab_stride)
+    check_stride(weight.shape[0], vocab_stride)
     backend = dispatch.resolve(impl, hidden.device)
     labels = (unit, ignore_index, float(label_smoothing))
     logits = (softcap or 0.0, float(logit_scale))
@@ -136,7 +136,7 @@ def fused_linear_select(
         hidden, weight, targets, bias, softcap, logit_scale, unit, ignore_index, label_smoothing, score_dtype
     )
     check_targets(targets, weight.shape[0], ignore_index)
-    check_stride(weight, vocab_stride)
+    check_stride(weight.shape[0], vocab_stride)
     k = selected_count(gamma, rows_of(hidden, unit))
     require_choice("order", order, ORDERS)
     buffer, seed = check_state(state, names, hidden.device, seed)
@@ -213,12 +213,12 @@ def check_approximation(codes: Sequence[int], score_dtype: torch.dtype | None, v
         )
 
 
-def check_stride(weight: Tensor, vocab_stride: int) -> None:
+def check_stride(classes: int, vocab_stride: int) -> None:
     # two classes are seen, of which one is not the target
-    if vocab_stride != 1 and not 1 < vocab_stride + vocab_stride // 2 < weight.shape[0]:
+    if vocab_stride != 1 and not 1 < vocab_stride + vocab_stride // 2 < classes:
         raise ValueError(
-            f"vocab_stride must be at least 1 and see two of the {weight.shape[0]} classes"
-            f" (vocab_stride + vocab_stride // 2 < {weight.shape[0]}), got {vocab_stride}"
+            f"vocab_stride must be at least 1 and see two of the {classes} classes"
+            f" (vocab_stride + vocab_stride // 2 < {classes}), got {vocab_stride}"
         )
 
 
@@ -307,5 +307,5 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([(block.to(torch.float32) / s).to(torch.float8_e4m3fn) for block, s in blocks]), scale
 
 
-def _statistics_dtype(hidden: Tensor) -> torch.dtype:
+def statistics_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if getattr(hidden, "dtype", None) == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ from adaselect_kernels.checks import (
     check_targets,
     may_synchronise,
 )
-from adaselect_kernels.linear import autocast_linear
+from adaselect_kernels.linear import autocast_linear, statistics_dtype
 from adaselect_kernels.options import STATS, require_choice
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -62,13 +62,13 @@ def selected_cross_entropy(
             [ 0.0000,  0.0000]])
     """
     check_rows("logits", "C", logits, targets)
-    z_loss = _check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
+    z_loss = check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
     backend = dispatch.resolve(impl, logits.device)
     logits = logits.reshape(-1, logits.shape[-1])
-    rows, y = _rows_and_targets(indices, targets, logits.shape[-1], ignore_index)
+    rows, y = rows_and_targets(indices, targets, logits.shape[-1], ignore_index)
     settings = (float(label_smoothing), softcap or 0.0, z_loss)
     losses = _CrossEntropy.apply(logits, targets.reshape(-1), rows, y, ignore_index, settings, backend)
-    return _reduce(losses, y, ignore_index, reduction)
+    return reduce_losses(losses, y, ignore_index, reduction)
 
 
 def selected_linear_cross_entropy(
@@ -106,13 +106,13 @@ def selected_linear_cross_entropy(
     check_rows("hidden", "H", hidden, targets)
     hidden, weight, bias = autocast_linear(hidden, weight, bias)
     check_linear(hidden, weight, bias, softcap, logit_scale)
-    z_loss = _check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
+    z_loss = check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
     backend = dispatch.resolve(impl, hidden.device)
-    rows, y = _rows_and_targets(indices, targets, weight.shape[0], ignore_index)
+    rows, y = rows_and_targets(indices, targets, weight.shape[0], ignore_index)
     chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.clamp(min=0))
     settings = (float(label_smoothing), softcap or 0.0, float(logit_scale), z_loss)
     losses = _LinearCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, backend)
-    return _reduce(losses, y, ignore_index, reduction)
+    return reduce_losses(losses, y, ignore_index, reduction)
 
 
 def mask_to_indices(mask: Tensor, k: int, *, impl: str = "auto") -> Tensor:
@@ -146,7 +146,7 @@ class _CrossEntropy(torch.autograd.Function):
         label_smoothing, softcap, z_loss = settings
         chosen = logits.detach().index_select(0, rows.clamp(min=0))
         if softcap > 0:
-            chosen = softcap * (chosen.to(_statistics_dtype(chosen)) / softcap).tanh()
+            chosen = softcap * (chosen.to(statistics_dtype(chosen)) / softcap).tanh()
         losses, lse = backend.per_sample_stats(chosen, y, _WANTED, "sample", ignore_index, label_smoothing)
         if z_loss > 0:
             losses = losses + z_loss * lse.square()
@@ -159,7 +159,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, rows, y, losses, lse = ctx.saved_tensors
         n = logits.shape[0]
-        row_weight = _row_weight(grad, losses, y, ctx.ignore_index)
+        row_weight = weights_of_rows(grad, losses, y, ctx.ignore_index)
         place = torch.where(rows < 0, n, rows)  # an empty place writes beyond the end
         weights = row_weight.new_zeros(n + 1).index_add(0, place, row_weight)[:n]
         all_lse = lse.new_zeros(n + 1).index_copy(0, place, lse)[:n]
@@ -187,7 +187,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, bias, y, losses, lse = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in range(3)]
-        row_weight = _row_weight(grad, losses, y, ctx.ignore_index)
+        row_weight = weights_of_rows(grad, losses, y, ctx.ignore_index)
         grads = ctx.backend.linear_loss_backward(
             row_weight, rows, weight, y, lse, bias, 0, weight.shape[0], *ctx.settings, wanted
         )
@@ -197,12 +197,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _row_weight(grad: Tensor, losses: Tensor, y: Tensor, ignore_index: int) -> Tensor:
+def weights_of_rows(grad: Tensor, losses: Tensor, y: Tensor, ignore_index: int) -> Tensor:
     """Weight of each row in the gradient: 0 where ignored or empty, NaN where the loss is."""
     return torch.where(y == ignore_index, 0.0, torch.where(losses.isnan(), math.nan, grad)).contiguous()
 
 
-def _rows_and_targets(indices: Tensor, targets: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def rows_and_targets(indices: Tensor, targets: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The indices, and the target of each place: ignore_index where it is empty. On CUDA an index out of range is loud."""
     targets = targets.reshape(-1)
     n = targets.shape[0]
@@ -217,18 +217,14 @@ def _rows_and_targets(indices: Tensor, targets: Tensor, classes: int, ignore_ind
     return rows, y
 
 
-def _reduce(losses: Tensor, y: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def reduce_losses(losses: Tensor, y: Tensor, ignore_index: int, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     total = losses.sum()
     return total if reduction == "sum" else total / (y != ignore_index).sum()
 
 
-def _statistics_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss) -> float:
+def check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss) -> float:
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices must be a tensor, got {type(indices).__name__}")
     if indices.dtype != torch.int64:
