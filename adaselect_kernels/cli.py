@@ -1,4 +1,4 @@
-"""The command `adaselect`: doctor, demo, plan and experiment."""
+"""The command `adaselect`: doctor, demo, tokens, plan and experiment."""
 
 import argparse
 import importlib
@@ -53,12 +53,33 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--repeats", type=_at_least(1), default=3, help="runs of every method, each with its own seed")
     demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first repeat")
     demo.set_defaults(run=_demo)
+    _add_tokens(commands)
     _add_plan(commands)
 
     # It has arguments of its own, known to the checkout's benchmarks: they are parsed there.
     experiment = commands.add_parser("experiment", help="the papers' experiments, and their report", add_help=False)
     experiment.set_defaults(run=_experiment)
     return parser
+
+
+def _add_tokens(commands: Any) -> None:
+    tokens = commands.add_parser(
+        "tokens",
+        help="train a small GPT on a text with token selection, the full loss and random tokens, at equal time",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    tokens.add_argument(
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="the text; without it, Python's own library"
+    )
+    tokens.add_argument("--vocabulary", choices=("bytes", "words"), default="bytes", help="256 bytes, or 8192 words")
+    tokens.add_argument("--gamma", type=_rate, default=0.3, help="share of the tokens chosen, in (0, 1]")
+    tokens.add_argument("--seconds", type=_seconds, default=15.0, help="training time of every run")
+    tokens.add_argument("--seeds", type=_at_least(1), default=3, help="runs of every variant, each with its own seed")
+    tokens.add_argument("--seed", type=_at_least(0), default=0, help="the first seed")
+    tokens.add_argument(
+        "--output", type=_folder, default="token_results", metavar="DIR", help="where results are written"
+    )
+    tokens.set_defaults(run=_tokens)
 
 
 def _add_plan(commands: Any) -> None:
@@ -119,6 +140,27 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         return 0 if demo.run(config, options.output) else INTERRUPTED
     except KeyboardInterrupt:  # while results were being written: each file is whole or absent
+        return INTERRUPTED
+
+
+def _tokens(options: argparse.Namespace) -> int:
+    try:
+        from adaselect_kernels.demo import tokens
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in doctor.DEMO_PACKAGES:
+            raise
+        print(f"adaselect tokens needs {error.name}: pip install 'adaselect_kernels[demo]'", file=sys.stderr)
+        return 1
+    names = ("vocabulary", "gamma", "seconds", "seeds", "seed")
+    config = tokens.TokensConfig(**{name: getattr(options, name) for name in names})
+    try:
+        return 0 if tokens.run(config, options.output, options.text) else INTERRUPTED
+    except ValueError as error:
+        print(f"adaselect tokens: {error}", file=sys.stderr)
+        return 1
+    except (
+        KeyboardInterrupt
+    ):  # before the first seed, or while results were being written: each file is whole or absent
         return INTERRUPTED
 
 
@@ -272,6 +314,16 @@ def _rate(text: str) -> float:
         value = math.nan
     if not 0.0 < value <= 1.0:
         raise argparse.ArgumentTypeError(f"must be a number in (0, 1], got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
     return value
 
 

@@ -34,7 +34,7 @@ _METHOD_STYLES = {
     "uniform": ("#E69F00", "--"),
 }
 _PARTS = {"scoring": "#56B4E9", "selection": "#D55E00", "update": "#009E73", "other": "#BBBBBB"}
-_RC = {
+RC = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -49,7 +49,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write every figure that `results` has data for; returns their paths."""
     figures = {"accuracy.png": _accuracy, "method_weights.png": _method_weights, "time_split.png": _time_split}
     written = []
-    with matplotlib.rc_context(_RC):  # pyright: ignore[reportArgumentType]
+    with matplotlib.rc_context(RC):  # pyright: ignore[reportArgumentType]
         for name, make in figures.items():
             figure = make(results)
             if figure is not None:

@@ -99,7 +99,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     console.print(CAVEAT)
 
 
-def _table(title: str, *columns: str) -> Table:
+def table(title: str, *columns: str) -> Table:
     """A table that fits 80 columns: the first column is text, the others are numbers."""
     table = Table(
         title=f"\n{title}",
@@ -118,31 +118,31 @@ def _accuracy_table(results: dict[str, Any]) -> Table:
     config = results["config"]
     seeds = len({run["seed"] for run in results["runs"]})
     title = f"Test accuracy in %, {'mean ± std over ' if seeds > 1 else ''}{seeds} seed{'s' * (seeds > 1)}"
-    table = _table(
+    made = table(
         f"{title}; {config['candidates']:,} candidates, gamma {config['gamma']:g}",
         *("variant", "accuracy", "no selection,\nsame time", "backward\nsamples", "updates"),
     )
     for row in results["summary"]:
         spread = "" if row["accuracy_std"] is None else f" ± {100 * row['accuracy_std']:.1f}"
         plain = row["no_selection_at_same_time"]
-        table.add_row(
+        made.add_row(
             row["variant"],
             f"{100 * row['accuracy_mean']:.1f}{spread}",
             "-" if plain is None else f"{100 * plain:.1f}",
             f"{row['backward_samples']:,}",
             str(row["updates"]),
         )
-    return table
+    return made
 
 
 def _time_table(results: dict[str, Any]) -> Table:
     title = f"Training time in seconds, {results['config']['threads']} CPU thread; ratio: over no selection"
-    table = _table(title, "variant", "score", "select", "update", "total", "ratio", "expected")
+    made = table(title, "variant", "score", "select", "update", "total", "ratio", "expected")
     for row in results["summary"]:
         times = [f"{row['seconds'][part]:.2f}" for part in ("scoring", "selection", "update", "total")]
         ratio = "-" if row["time_ratio"] is None else f"{row['time_ratio']:.2f}"
-        table.add_row(row["variant"], *times, ratio, f"{row['expected_time_ratio']:.2f}")
-    return table
+        made.add_row(row["variant"], *times, ratio, f"{row['expected_time_ratio']:.2f}")
+    return made
 
 
 def _expectation(summary: list[dict[str, Any]]) -> str:
@@ -156,18 +156,18 @@ def _expectation(summary: list[dict[str, Any]]) -> str:
 def _cost_table(costs: list[dict[str, Any]]) -> Table:
     n, classes = costs[0]["shape"]
     title = f"Selection alone in µs a call, on the {n} x {classes} batches that training saw"
-    table = _table(title, "variant", f"kernels ({costs[0]['implementation']})", "naive PyTorch", "ratio", "same rows")
+    made = table(title, "variant", f"kernels ({costs[0]['implementation']})", "naive PyTorch", "ratio", "same rows")
     for cost in costs:
         times = {name: f"{t['median']:.1f}" for name, t in cost["microseconds"].items()}
         ratio = cost["naive_over_kernels"]
-        table.add_row(
+        made.add_row(
             cost["variant"],
             times["kernels"],
             times.get("naive", "-"),
             "-" if ratio is None else f"{ratio:.1f}x",
             _verdict(cost["agreement"]),
         )
-    return table
+    return made
 
 
 def _verdict(agreement: dict[str, int] | None) -> str:
