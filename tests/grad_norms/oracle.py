@@ -1,5 +1,6 @@
 """What a per-sample gradient norm is, computed the slow way: one backward a sample, in float64, without the library."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,12 @@ def one_backward_a_sample(problem: Problem) -> Norms:
     return Norms(total.sqrt(), {name: square.sqrt() for name, square in layers.items()}, sums)
 
 
+@lru_cache(maxsize=1)
+def norms_of(case: Case, seed: int) -> Norms:
+    """Of a draw in float64: what all modes of a run are held to."""
+    return one_backward_a_sample(draw(case, seed, torch.float64))
+
+
 def relative_errors(found: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
     """|found - expected| / scale; absolute where a sample's gradient is zero."""
     return (found.double() - expected).abs() / torch.where(scale > 0, scale, 1.0)
@@ -77,15 +84,14 @@ def rounded(problem: Problem) -> Problem:
     return problem
 
 
-def allowed_errors(
-    case: Case, seed: int, dtype: torch.dtype, expected: Norms, perturbations: int = 2
-) -> dict[str, float]:
+@lru_cache(maxsize=2)
+def allowed_errors(case: Case, seed: int, dtype: torch.dtype, perturbations: int = 2) -> dict[str, float]:
     """The tolerance, and in float32 twice the rounding of the model's own arithmetic.
 
     That is the error of one backward a sample in float32, or, where that happens to come out well although the draw is
     an ill-conditioned one, what roundings of weights and inputs change. A half-precision total has its tolerance alone.
     """
-    tolerance = case.tolerance or ROUNDING_TOLERANCE[dtype]
+    expected, tolerance = norms_of(case, seed), case.tolerance or ROUNDING_TOLERANCE[dtype]
     own = dict.fromkeys(("total", *(f"layer {name!r}" for name in expected.by_layer)), 0.0)
     if dtype == torch.float32:
         peers = [draw(case, seed, dtype), *(rounded(draw(case, seed, torch.float64)) for _ in range(perturbations))]
@@ -98,23 +104,20 @@ def allowed_errors(
 
 def check(total: Tensor, by_layer: dict[str, Tensor], case: Case, seed: int, dtype: torch.dtype) -> float:
     """Hold the norms of a draw to the oracle, element by element; returns the largest relative error of a total."""
-    problem = draw(case, seed, torch.float64)
-    expected = one_backward_a_sample(problem)
-    allowed = allowed_errors(case, seed, dtype, expected)
-    assert total.shape == (problem.n,), f"total has shape {tuple(total.shape)}, expected {(problem.n,)}"
+    expected, allowed = norms_of(case, seed), allowed_errors(case, seed, dtype)
+    shape = expected.total.shape
+    assert total.shape == shape, f"total has shape {tuple(total.shape)}, expected {tuple(shape)}"
     strange = {name for name, norms in by_layer.items() if name not in expected.by_layer}
     assert not strange, f"by_layer names {strange}; the modules with counted parameters are {list(expected.by_layer)}"
     missing = {name for name, norms in expected.by_layer.items() if norms.any() and name not in by_layer}
     assert not missing, f"by_layer has no {missing}"
     for name, norms in by_layer.items():
-        assert norms.shape == (problem.n,), f"layer {name!r} has shape {tuple(norms.shape)}"
+        assert norms.shape == shape, f"layer {name!r} has shape {tuple(norms.shape)}"
         assert norms.isfinite().all(), f"layer {name!r} is not finite: {norms}"
     assert total.isfinite().all(), f"total is not finite: {total}"
     errors = worst_errors(total, by_layer, expected)
-    if any(
-        error > allowed[name] for name, error in errors.items()
-    ):  # the conditioning of a rare draw, seen more closely
-        allowed = allowed_errors(case, seed, dtype, expected, perturbations=16)
+    if any(error > allowed[name] for name, error in errors.items()):
+        allowed = allowed_errors(case, seed, dtype, perturbations=16)  # the conditioning of a rare draw, more closely
     for name, error in errors.items():
         assert error <= allowed[name], (
             f"{name}: relative error {error:.3g}, allowed {allowed[name]:.3g}; found {total if name == 'total' else ''},"

@@ -1,5 +1,6 @@
 """Run a case and say what came of it; shared by the tests and the matrix."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+@lru_cache(maxsize=1)
 def plain_gradients(case: Case, seed: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
     """What a plain forward and backward leaves in .grad, on a draw of its own (of the oracle's model if there is one)."""
     problem = draw(case, seed, dtype)
