@@ -3,6 +3,9 @@
 import os
 import random
 
+# Threads of OpenMP that wait by spinning take the cores from the other worker processes of pytest-xdist; torch reads it once.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
