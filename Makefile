@@ -38,7 +38,7 @@ test: export ADASELECT_REQUIRE_EXTENSION := 1
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_triton_kernels.py tests/test_triton_grad_norms.py \
-		tests/samplers/test_triton_bank.py
+		tests/samplers/test_triton_bank.py tests/linear/test_triton_losses.py
 
 lint: $(VENV)/.tools
 	$(BIN)/python -m ruff check .

@@ -414,12 +414,12 @@ def mean_over_positions(stat: str, values: Tensor, kept: Tensor) -> Tensor:
 
 
 def logits_gradient(
-    row_weight, z, targets, lse, first_class, classes, label_smoothing, softcap, logit_scale, z_loss
+    row_weight, z, targets, lse, first_class, classes, label_smoothing, softcap, logit_scale, z_loss, normaliser=1.0
 ) -> Tensor:
-    """d/du of sum_i w_i l_i [N, V] from z, for classes from first_class on."""
+    """d/du of sum_i w_i l_i [N, V] from z, for classes from first_class on; normaliser: sum_j e^(z_j - lse), where known."""
     weight = row_weight.to(z.dtype)[:, None]
     columns = first_class + torch.arange(z.shape[1], device=z.device)
-    p = (z - lse[:, None]).exp()
+    p = (z - lse[:, None]).exp() / normaliser
     grad = p * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / classes
     grad = grad - (1 - label_smoothing) * (columns == targets[:, None]).to(z.dtype)
     if softcap > 0:
@@ -430,7 +430,11 @@ def logits_gradient(
 def cross_entropy_backward(row_weight, logits, targets, lse, label_smoothing, softcap, z_loss) -> Tensor:
     z = logits.to(compute_dtype(logits.dtype))
     z = softcap * (z / softcap).tanh() if softcap > 0 else z
-    grad = logits_gradient(row_weight, z, targets, lse, 0, z.shape[1], label_smoothing, softcap, 1.0, z_loss)
+    # at a large offset lse has lost digits that the quotient has not
+    normaliser = (z - lse[:, None]).exp().sum(1, keepdim=True)
+    grad = logits_gradient(
+        row_weight, z, targets, lse, 0, z.shape[1], label_smoothing, softcap, 1.0, z_loss, normaliser
+    )
     return grad.to(logits.dtype).contiguous()
 
 
@@ -449,6 +453,7 @@ def linear_loss_backward(
     z_loss,
     wanted,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.where(row_weight[:, None] == 0, 0.0, rows)  # 0 * NaN would be NaN in the gradient of weight
     z = linear_logits(rows, weight, bias, softcap, logit_scale)
     grad = logits_gradient(
         row_weight, z, targets, lse, first_class, classes, label_smoothing, softcap, logit_scale, z_loss

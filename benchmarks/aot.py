@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adaselect_kernels.kernels import bank, batch_stage, fused, grad_norms, row_stats, select
+from adaselect_kernels.kernels import bank, batch_stage, fused, grad_norms, losses, row_stats, select
 from adaselect_kernels.kernels.runtime import TRITON_VERSION, Compilation
 
 TARGETS = {
@@ -39,6 +39,7 @@ FAMILIES: dict[str, Any] = {
     "fused": fused,
     "grad_norms": grad_norms,
     "bank": bank,
+    "losses": losses,
 }
 ROOMY = ("sm_80", "sm_90", "sm_100")  # targets that run shipped_for_roomy()
 WORKERS = 2

@@ -10,19 +10,23 @@ from adaselect_kernels.kernels.grad_norms import (
     linear_grad_sq_norms,
     linear_grads_and_sq_norms,
 )
+from adaselect_kernels.kernels.losses import cross_entropy_backward, linear_loss_backward
 from adaselect_kernels.kernels.row_stats import per_sample_stats
-from adaselect_kernels.kernels.select import select_topk
+from adaselect_kernels.kernels.select import select_mask, select_topk
 
 __all__ = [
     "affine_grad_sq_norms",
     "bank_select",
     "batch_scores",
     "conv_grad_sq_norms",
+    "cross_entropy_backward",
     "embedding_grad_sq_norms",
     "fused_select",
     "linear_grad_sq_norms",
     "linear_grads_and_sq_norms",
+    "linear_loss_backward",
     "per_sample_stats",
     "select_from_losses",
+    "select_mask",
     "select_topk",
 ]

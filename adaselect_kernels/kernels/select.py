@@ -1,8 +1,11 @@
-"""Exact top-k of one row of scores: ties to the lower row, NaN last, deterministic.
+"""Exact top-k of one row of scores: ties to the lower row, NaN last, deterministic; and masks of the best share of many rows.
 
 Up to ONE_PROGRAM_ROWS scores are chosen inside one program. More are chosen by one launch of several steps: a radix search
 for the k-th best key, a step a digit, and a stable compaction; the counts are integers, so no order of arrival can change
 them. order="score" then sorts the k chosen only.
+
+A mask's k is a share of the finite scores, which are the histogram of the first digit: the same search knows it one step on.
+Few long rows take a launch of several steps each, others a program each, which makes the search alone.
 """
 
 from collections.abc import Iterator
@@ -13,7 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaselect_kernels.kernels.maths import TICKETS, begin_step, end_step, ordered_key
+from adaselect_kernels.kernels.maths import (
+    TICKETS,
+    begin_step,
+    end_step,
+    float64_from_bits,
+    float_bits,
+    is_finite,
+    ordered_key,
+)
 from adaselect_kernels.kernels.runtime import (
     TRITON_VERSION,
     Compilation,
@@ -102,14 +113,21 @@ def block_kernel(
 
 
 @triton.jit
-def load_keys(scores_ptr, start, n, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """Ordered keys of rows start .. start + BLOCK and which of them exist. `.cg`: other programs may have stored the scores."""
+def load_keys(scores_ptr, start, n, stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr, FINITE: tl.constexpr = False):
+    """Ordered keys of rows start .. start + BLOCK and which of them exist, or (FINITE) exist and have a finite score.
+
+    `.cg`: other programs may have stored the scores.
+    """
     rows = start + tl.arange(0, BLOCK)
     inside = rows < n
     if start + BLOCK <= n:
         scores = tl.load(scores_ptr + rows * stride, cache_modifier=".cg")  # no mask: 16 bytes a thread
     else:
         scores = tl.load(scores_ptr + rows * stride, mask=inside, other=0.0, cache_modifier=".cg")
+    if scores_ptr.dtype.element_ty != tl.float64:
+        scores = scores.to(tl.float32)  # exact, and it keeps the order
+    if FINITE:
+        inside = inside & is_finite(scores)
     return ordered_key(scores, LARGEST), rows, inside
 
 
@@ -143,12 +161,36 @@ def publish_digit(
 
 
 @triton.jit
+def share_of(n, gamma):
+    """clamp(floor(gamma n + 0.5), 1, n), 0 of none; gamma float64, in which a fused multiply-add has the same floor."""
+    k = tl.floor(gamma * n.to(tl.float64) + 0.5).to(tl.int64)
+    return tl.minimum(tl.maximum(k, 1), n.to(tl.int64))
+
+
+@triton.jit
+def append_digit(prefix, needed, total, width):
+    """The digits of the sought key with one more, how many keys equal to them are needed, and the digit.
+
+    total: how many keys that begin with the prefix have each value next.
+    """
+    # rows above d < needed <= rows above d + rows of d
+    bins = tl.arange(0, total.shape[0])
+    higher_rows = (tl.sum(total, axis=0) - tl.cumsum(total, axis=0)).to(tl.int64)
+    found = (higher_rows < needed) & (needed <= higher_rows + total)
+    digit = tl.sum(tl.where(found, bins, 0), axis=0)
+    needed -= tl.sum(tl.where(found, higher_rows, 0), axis=0)
+    return (prefix << width.to(prefix.dtype)) | digit.to(prefix.dtype), needed, digit
+
+
+@triton.jit
 def find_digit(
-    d, k, counters_ptr, search_ptr, program, KEY: tl.constexpr, KEY_BITS: tl.constexpr, BITS: tl.constexpr
+    d, k, counters_ptr, search_ptr, program, KEY: tl.constexpr, KEY_BITS: tl.constexpr, BITS: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
     """The first d digits of the k-th best key, how many keys equal to them are needed, and the last of the digits.
 
     Every program of step d does this alone, from the histogram of digit d - 1 and what program 0 of step d - 1 left.
+    MASK: k is the share gamma of all keys counted.
     """
     BINS: tl.constexpr = 1 << BITS
     bins = tl.arange(0, BINS)
@@ -159,22 +201,29 @@ def find_digit(
     )  # fmt: skip
     prefix = tl.load(search_ptr + 2 * (d - 1), mask=d > 1, other=0, cache_modifier=".cg").to(KEY)
     needed = tl.load(search_ptr + 2 * (d - 1) + 1, mask=d > 1, other=0, cache_modifier=".cg")
+    if MASK:
+        k = share_of(tl.sum(total, axis=0), k)  # all of them where d is 1
     needed = tl.where(d > 1, needed, k.to(tl.int64))
-    # rows above d < needed <= rows above d + rows of d
-    higher_rows = (tl.sum(total, axis=0) - tl.cumsum(total, axis=0)).to(tl.int64)
-    found = (higher_rows < needed) & (needed <= higher_rows + total)
-    digit = tl.sum(tl.where(found, bins, 0), axis=0)
-    needed -= tl.sum(tl.where(found, higher_rows, 0), axis=0)
-    prefix = (prefix << width.to(KEY)) | digit.to(KEY)
+    prefix, needed, digit = append_digit(prefix, needed, total, width)
     tl.store(search_ptr + 2 * d, prefix.to(tl.int64), mask=program == 0)
     tl.store(search_ptr + 2 * d + 1, needed, mask=program == 0)
     return prefix, needed.to(tl.int32), digit
 
 
 @triton.jit
+def digit_counts(keys, inside, prefix, width, shift, BITS: tl.constexpr):
+    """How many keys that begin with `prefix` have each value of the digit at `shift`, and which keys are above them."""
+    here = keys >> shift.to(keys.dtype)
+    higher = here >> width.to(keys.dtype)
+    digit = (here & ((1 << width) - 1).to(keys.dtype)).to(tl.int32)
+    return tl.histogram(digit, 1 << BITS, mask=inside & (higher == prefix)), inside & (higher > prefix)
+
+
+@triton.jit
 def count_digit(
     d, prefix, scores_ptr, counters_ptr, table_ptr, program, programs, n, stride, iterations,
     KEY_BITS: tl.constexpr, BITS: tl.constexpr, DIGITS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    MASK: tl.constexpr,
 ):  # fmt: skip
     """Histogram of digit d over this program's keys that begin with `prefix`."""
     width, shift = digit_place(d, KEY_BITS, BITS)
@@ -182,21 +231,19 @@ def count_digit(
     above = 0
     first = program.to(tl.int64) * iterations
     for i in range(iterations):
-        keys, _, inside = load_keys(scores_ptr, (first + i) * BLOCK, n, stride, LARGEST, BLOCK)
-        here = keys >> shift.to(keys.dtype)
-        higher = here >> width.to(keys.dtype)
-        above += tl.sum((inside & (higher > prefix)).to(tl.int32), axis=0)
-        digit = (here & ((1 << width) - 1).to(keys.dtype)).to(tl.int32)
-        counts += tl.histogram(digit, 1 << BITS, mask=inside & (higher == prefix))
+        keys, _, inside = load_keys(scores_ptr, (first + i) * BLOCK, n, stride, LARGEST, BLOCK, MASK)
+        block_counts, higher = digit_counts(keys, inside, prefix, width, shift, BITS)
+        counts += block_counts
+        above += tl.sum(higher.to(tl.int32), axis=0)
     publish_digit(counts, above, d, counters_ptr, table_ptr, program, programs, KEY_BITS, BITS, DIGITS)
 
 
 @triton.jit
 def compact(
-    threshold, needed, digit, scores_ptr, table_ptr, indices_ptr, program, programs, n, stride, iterations,
-    LARGEST: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+    threshold, needed, digit, scores_ptr, table_ptr, out_ptr, program, programs, n, stride, iterations,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows above the threshold, and as many equal to it as are needed, in ascending order."""
+    """Write the rows above the threshold, and as many equal to it as are needed, in ascending order; or their mask."""
     # rows above and rows equal in the programs before this one; the threshold's last digit is `digit`
     parts = tl.arange(0, MAX_PROGRAMS)
     row = table_ptr + digit.to(tl.int64) * programs + parts
@@ -206,15 +253,19 @@ def compact(
     equal_before = tl.sum(at_least - higher, axis=0)
     first = program.to(tl.int64) * iterations
     for i in range(iterations):
-        keys, rows, inside = load_keys(scores_ptr, (first + i) * BLOCK, n, stride, LARGEST, BLOCK)
+        keys, rows, inside = load_keys(scores_ptr, (first + i) * BLOCK, n, stride, LARGEST, BLOCK, MASK)
         above = inside & (keys > threshold)
         equal = inside & (keys == threshold)
         # rows of this block before this one: above in the low half, equal in the high half of one scan
         packed = above.to(tl.int32) + (equal.to(tl.int32) << 16)
         before = tl.cumsum(packed, axis=0) - packed
         ties = equal_before + (before >> 16)
-        position = above_before + (before & 0xFFFF) + tl.minimum(ties, needed)
-        tl.store(indices_ptr + position, rows, mask=above | (equal & (ties < needed)))
+        chosen = above | (equal & (ties < needed))
+        if MASK:
+            tl.store(out_ptr + rows, chosen.to(tl.uint8), mask=rows < n)
+        else:
+            position = above_before + (before & 0xFFFF) + tl.minimum(ties, needed)
+            tl.store(out_ptr + position, rows, mask=chosen)
         total = tl.sum(packed, axis=0)
         above_before += total & 0xFFFF
         equal_before += total >> 16
@@ -222,22 +273,26 @@ def compact(
 
 @triton.jit
 def select_step(
-    d, scores_ptr, counters_ptr, search_ptr, table_ptr, indices_ptr, program, programs, n, k, stride, iterations,
+    d, scores_ptr, counters_ptr, search_ptr, table_ptr, out_ptr, program, programs, n, k, stride, iterations,
     BITS: tl.constexpr, DIGITS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+    MASK: tl.constexpr = False,
 ):  # fmt: skip
-    """Step d of a selection: count digit number d, or (d = DIGITS) write the chosen rows in ascending order."""
+    """Step d of a selection: count digit number d, or (d = DIGITS) write the chosen rows in ascending order.
+
+    MASK: k is gamma, a share of the finite scores, and a byte is written for every row.
+    """
     KEY: tl.constexpr = tl.uint64 if scores_ptr.dtype.element_ty == tl.float64 else tl.uint32
     KEY_BITS: tl.constexpr = KEY.primitive_bitwidth
-    prefix, needed, digit = find_digit(d, k, counters_ptr, search_ptr, program, KEY, KEY_BITS, BITS)
+    prefix, needed, digit = find_digit(d, k, counters_ptr, search_ptr, program, KEY, KEY_BITS, BITS, MASK)
     if d < DIGITS:
         count_digit(
             d, prefix, scores_ptr, counters_ptr, table_ptr, program, programs, n, stride, iterations,
-            KEY_BITS, BITS, DIGITS, LARGEST, BLOCK,
+            KEY_BITS, BITS, DIGITS, LARGEST, BLOCK, MASK,
         )  # fmt: skip
     else:
         compact(
-            prefix, needed, digit, scores_ptr, table_ptr, indices_ptr, program, programs, n, stride, iterations,
-            LARGEST, BLOCK, MAX_PROGRAMS,
+            prefix, needed, digit, scores_ptr, table_ptr, out_ptr, program, programs, n, stride, iterations,
+            LARGEST, BLOCK, MAX_PROGRAMS, MASK,
         )  # fmt: skip
 
 
@@ -254,6 +309,51 @@ def radix_kernel(
         BITS, DIGITS, LARGEST, BLOCK, MAX_PROGRAMS,
     )  # fmt: skip
     end_step(counters_ptr, step, programs, DIGITS + 1, COUNTERS)
+
+
+@triton.jit(do_not_specialize=["n", "iterations", "programs", "gamma_bits"])
+def mask_steps_kernel(
+    scores_ptr, counters_ptr, search_ptr, table_ptr, mask_ptr, n, stride, iterations, programs, gamma_bits: tl.int64,
+    BITS: tl.constexpr, DIGITS: tl.constexpr, COUNTERS: tl.constexpr, BLOCK: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The mask of one long row, uint8, in the steps of radix_kernel."""
+    step, program = begin_step(counters_ptr, programs)
+    select_step(
+        step, scores_ptr, counters_ptr, search_ptr, table_ptr, mask_ptr, program, programs, n,
+        float64_from_bits(gamma_bits), stride, iterations, BITS, DIGITS, True, BLOCK, MAX_PROGRAMS, True,
+    )  # fmt: skip
+    end_step(counters_ptr, step, programs, DIGITS + 1, COUNTERS)
+
+
+@triton.jit(do_not_specialize=["n", "gamma_bits"])
+def mask_rows_kernel(
+    scores_ptr, mask_ptr, n, stride_row, stride, gamma_bits: tl.int64,
+    BITS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The mask of one row a program, uint8; all of the search reads the row from the cache again."""
+    KEY: tl.constexpr = tl.uint64 if scores_ptr.dtype.element_ty == tl.float64 else tl.uint32
+    row = tl.program_id(0).to(tl.int64)
+    scores_ptr += row * stride_row
+    gamma = float64_from_bits(gamma_bits)
+    prefix = tl.full([], 0, KEY)
+    needed = tl.full([], 0, tl.int64)
+    for d in range(DIGITS):
+        width, shift = digit_place(d, KEY.primitive_bitwidth, BITS)
+        counts = tl.zeros([1 << BITS], tl.int32)
+        for start in range(0, n, BLOCK):
+            keys, _, inside = load_keys(scores_ptr, tl.cast(start, tl.int64), n, stride, True, BLOCK, True)
+            block_counts, _ = digit_counts(keys, inside, prefix, width, shift, BITS)
+            counts += block_counts
+        needed = tl.where(d == 0, share_of(tl.sum(counts, axis=0), gamma), needed)
+        prefix, needed, _ = append_digit(prefix, needed, counts, width)
+    equal_before = 0
+    for start in range(0, n, BLOCK):
+        keys, places, inside = load_keys(scores_ptr, tl.cast(start, tl.int64), n, stride, True, BLOCK, True)
+        equal = inside & (keys == prefix)
+        ties = equal_before + tl.cumsum(equal.to(tl.int32), axis=0) - 1
+        chosen = (inside & (keys > prefix)) | (equal & (ties < needed))
+        tl.store(mask_ptr + row * n + places, chosen.to(tl.uint8), mask=places < n)
+        equal_before += tl.sum(equal.to(tl.int32), axis=0)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -320,6 +420,10 @@ class RankTuning(NamedTuple):
 RANKS = {2**31: RankTuning(block=16, others=1024, warps=4)}  # by the most rows chosen
 RANK_MAX = 8192  # k^2 comparisons over k / block programs: 64M at most, below the cost of a radix sort's launches
 GATHER_BLOCK, GATHER_WARPS = 1024, 4
+MASK_BLOCK, MASK_WARPS = 2048, 8  # as RADIX
+# A program makes four or five passes over its row. One multiprocessor streams a row of LONG_ROW from the cache in about the
+# time of a launch of several steps, which rows beyond it take one after another; a lone row has all others to gain.
+LONE_ROW, LONG_ROW = 4096, 65_536
 
 
 def block_warps(block: int) -> int:
@@ -403,6 +507,40 @@ def _radix_launch(n: int, k: int, stride: int, double: bool, largest: bool) -> t
     return Launch(radix_kernel, grid, (n, k, stride, iterations, programs), constants, tuning.warps), programs, work
 
 
+def select_mask(scores: Tensor, gamma: float) -> Tensor:
+    rows, n = scores.shape
+    mask = torch.empty((rows, n), dtype=torch.bool, device=scores.device)
+    seen = mask.view(torch.uint8)
+    options = (float_bits(gamma),)
+    with launch_device(scores):
+        if n > (LONE_ROW if rows == 1 else LONG_ROW):
+            launch, programs, work = _mask_steps_launch(n, scores.stride(1), scores.dtype == torch.float64)
+            search = torch.empty(work.search, dtype=torch.int64, device=scores.device)
+            table = torch.empty(work.table * programs, dtype=torch.int32, device=scores.device)
+            for i in range(rows):  # one after another on the stream: they share the work memory
+                launch(scores[i], counters(scores.device, work.counters), search, table, seen[i], options=options)
+        else:
+            _mask_rows_launch(rows, n, scores.stride(), scores.dtype == torch.float64)(scores, seen, options=options)
+    return mask
+
+
+@cached
+def _mask_steps_launch(n: int, stride: int, double: bool) -> tuple[Launch, int, RadixWork]:
+    tuning, work = up_to(RADIX, n), radix_work(double)
+    programs, iterations = chunks(n, tuning.block, tuning.programs)
+    constants = work.constants() | {"BLOCK": tuning.block, "MAX_PROGRAMS": tuning.programs}
+    grid = ((work.digits + 1) * programs,)
+    return Launch(mask_steps_kernel, grid, (n, stride, iterations, programs), constants, tuning.warps), programs, work
+
+
+@cached
+def _mask_rows_launch(rows: int, n: int, strides: tuple[int, int], double: bool) -> Launch:
+    block = min(MASK_BLOCK, block_size(n))
+    work = radix_work(double)
+    constants = {"BITS": work.bits, "DIGITS": work.digits, "BLOCK": block}
+    return Launch(mask_rows_kernel, (rows,), (n, *strides), constants, MASK_WARPS)
+
+
 def sort_chosen(scores: Tensor, chosen: Tensor, largest: bool) -> Tensor:
     """`chosen` [k], ascending rows, in the order of their scores, best first, ties to the lower row."""
     k, stride = chosen.shape[0], scores.stride(0)
@@ -446,6 +584,18 @@ def shipped() -> Iterator[Compilation]:
             radix_work(pointee == "fp64").constants() | {
                 "LARGEST": True, "BLOCK": radix.block, "MAX_PROGRAMS": radix.programs,
             }, radix.warps, ones=("stride",),
+        )  # fmt: skip
+        mask = {"mask_ptr": "u8"}
+        yield Compilation(
+            f"mask-steps-{pointee}", mask_steps_kernel,
+            scores | mask | {"counters_ptr": "i32", "search_ptr": "i64", "table_ptr": "i32"},
+            radix_work(pointee == "fp64").constants() | {"BLOCK": radix.block, "MAX_PROGRAMS": radix.programs},
+            radix.warps, ones=("stride",),
+        )  # fmt: skip
+        work = radix_work(pointee == "fp64")
+        yield Compilation(
+            f"mask-rows-{pointee}", mask_rows_kernel, scores | mask,
+            {"BITS": work.bits, "DIGITS": work.digits, "BLOCK": MASK_BLOCK}, MASK_WARPS, ones=("stride",),
         )  # fmt: skip
         yield Compilation(
             f"rank-{pointee}", rank_kernel, scores | {"chosen_ptr": "i64", "indices_ptr": "i64"},

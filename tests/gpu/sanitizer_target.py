@@ -19,7 +19,7 @@ from adaselect_kernels import (
     select_from_losses,
     select_topk,
 )
-from adaselect_kernels.functional import bank_select
+from adaselect_kernels.functional import bank_select, select_mask
 from adaselect_kernels.options import METHODS, STATS
 
 OURS = AdaSelectionOptions(update="log_ratio", standardize=True, weight_floor=0.1, curriculum_power=-0.5)
@@ -91,7 +91,42 @@ def paths(device: torch.device) -> dict[str, Callable[[], Any]]:
         "losses, in turn": losses(5003, OURS),
         "losses, method losses of the selected": losses(5003, SELECTED),
     }
-    return found | _gradient_norms(device)
+    return found | _losses(device) | _gradient_norms(device)
+
+
+def _losses(device: torch.device) -> dict[str, Callable[[], Any]]:
+    operators = dispatch.resolve("triton", device)
+
+    def rows(n: int, classes: int) -> tuple[torch.Tensor, ...]:
+        """Weights, half of them 0, targets and lse."""
+        weight = torch.rand(n, device=device)
+        return weight * (weight > 0.5), torch.randint(classes, (n,), device=device), torch.rand(n, device=device)
+
+    def stored(n: int, classes: int, dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
+        weight, targets, lse = rows(n, classes)
+        logits = torch.randn(n, classes, device=device).to(dtype)
+        return lambda: operators.cross_entropy_backward(weight, logits, targets, lse, 0.1, 5.0, 0.01)
+
+    def linear(n: int, classes: int, dtype: torch.dtype) -> Callable[[], Any]:
+        weight, targets, lse = rows(n, classes)
+        hidden, classifier = (torch.randn(size, 24, device=device).to(dtype) for size in (n, classes))
+        bias = torch.randn(classes, device=device).to(dtype)
+        return lambda: operators.linear_loss_backward(
+            weight, hidden, classifier, targets, lse, bias, 0, classes, 0.1, 5.0, 0.5, 0.01, [True] * 3
+        )
+
+    def mask(rows: int, n: int) -> Callable[[], Any]:
+        return lambda: select_mask(torch.randn(rows, n, device=device).log(), 0.3, per_sequence=True, impl="triton")
+
+    return {
+        "gradient, short rows": stored(301, 37),
+        "gradient, long rows off the boundary": stored(37, 5003),
+        "gradient, long rows, bfloat16": stored(37, 5000, torch.bfloat16),
+        "gradient, a classifier": linear(61, 5003, torch.bfloat16),
+        "gradient, a classifier, float32": linear(61, 301, torch.float32),
+        "mask, a row a program": mask(37, 3001),
+        "mask, steps": mask(1, 20_011),
+    }
 
 
 def _gradient_norms(device: torch.device) -> dict[str, Callable[[], Any]]:
