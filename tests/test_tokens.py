@@ -98,6 +98,7 @@ def test_every_rule_is_its_loop(rule, per_sequence, generator):
             assert chosen.losses is None
         else:
             torch.testing.assert_close(chosen.losses, losses.float(), rtol=3e-7, atol=1e-12)
+    assert selector.state.step == 3
     selector = TokenSelector(rule, 0.3, seed=seed, per_sequence=per_sequence, impl="reference", **settings)
     scores, _ = expected_scores(rule, logits, targets, reference, 0.2, seed)
     from_logits = selector.select_from_logits(logits, targets, **given)

@@ -51,14 +51,14 @@ class TokensConfig:
     seeds: int = 3
     seed: int = 0
     words: int = 8192
-    batch: int = 16  # sequences
-    context: int = 128  # tokens of a sequence
+    batch: int = 8  # sequences
+    context: int = 64  # tokens of a sequence
     width: int = 128
     heads: int = 4
     learning_rate: float = 3e-3  # AdamW's, after a warm-up over the first tenth; falls linearly to 0 at `seconds`
     weight_decay: float = 0.1
     turns: int = 8
-    held_out_windows: int = 64
+    held_out_windows: int = 128
 
     def __post_init__(self) -> None:
         require_choice("vocabulary", self.vocabulary, tuple(LAYERS))
