@@ -162,6 +162,10 @@ def test_ties_go_to_the_earlier_token_and_what_is_not_finite_is_not_chosen():
     excess = TokenSelector("excess_loss", 0.9, impl="reference")
     reference = torch.tensor([[0.0, math.nan, 0.0, 0.0], [math.inf, 0.0, 0.0, 0.0]])
     assert excess.select_from_losses(losses, reference=reference).indices.tolist()[:4] == [0, 2, 6, -1]
+    # a class that is masked out has an infinite loss as the target, though its entropy is finite
+    masked = torch.tensor([[[0.0, 0.0, -math.inf], [9.0, 0.0, -math.inf]]])
+    entropy = TokenSelector("entropy", 0.5, impl="reference")
+    assert entropy.select_from_logits(masked, torch.tensor([[2, 0]])).indices.tolist() == [1]
     # one class: no margin, so no token
     one = TokenSelector("margin", 0.5, impl="reference").select(
         torch.ones(1, 2, 3), torch.ones(1, 3), torch.zeros(1, 2).long()

@@ -20,6 +20,7 @@ from adaselect_kernels.demo.tokens.corpus import (
     make_corpus,
 )
 from adaselect_kernels.demo.tokens.report import table
+from benchmarks import tokens_page
 
 TINY = {"batch": 2, "context": 8, "width": 8, "heads": 2, "words": 300, "turns": 2, "held_out_windows": 4}
 LABELS = [variant.label for variant in VARIANTS]
@@ -95,6 +96,24 @@ def test_summary_files_and_tables(finished):
     tables = [item for item in printed if isinstance(item, type(table("")))]
     assert [list(one.columns[0].cells) for one in tables] == [LABELS, LABELS]
     assert any("Not counted above" in str(item) for item in printed)
+
+
+def test_the_page_has_what_was_measured(finished, tmp_path):
+    folder, results, _ = finished
+    page = tmp_path / "tokens.md"
+    page.write_text(f"before\n{tokens_page.BEGIN}\nold\n{tokens_page.END}\nafter\n")
+    tokens_page.write(folder, page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{tokens_page.BEGIN}\n")
+    assert text.endswith(f"{tokens_page.END}\nafter\n")
+    assert "old" not in text
+    assert "### Bytes\n\nNot measured yet." in text
+    assert (tmp_path / "figures" / "tokens-words.png").is_file()
+    for row in results["summary"]:
+        assert f"| {row['variant']} | {row['bits_per_byte']['mean']:.3f} ±" in text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="once each"):
+        tokens_page.write(folder, page)
 
 
 def test_the_same_call_goes_on_where_it_was_interrupted(finished, text_file, tmp_path, monkeypatch):

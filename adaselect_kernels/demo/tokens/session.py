@@ -1,6 +1,7 @@
 """The comparison from start to end: every seed, what is kept of it, and how it goes on after an interruption."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,13 @@ def _one_seed(
             one.train_until(end)
             one.evaluate()
             show(one.variant.label)
-    return reference.entry() | {"variant": "reference model", "seed": seed}, [one.entry() for one in runs]
+    busy = {"variant": "reference model", "seed": seed, "load": _load()}
+    return reference.entry() | busy, [one.entry() for one in runs]
+
+
+def _load() -> float | None:
+    """Processes that ran or waited over the last minute, this one included; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _warm_up(config: TokensConfig, corpus: Corpus) -> None:
