@@ -64,15 +64,14 @@ def linear_per_sample_stats(
     score_dtype: torch.bfloat16, torch.float16 or torch.float8_e4m3fn: hidden, weight and bias are rounded to it first
         (float8: hidden and weight, a scale a row). weight and bias may be of that type already (not float8) whatever hidden
         is; otherwise the call makes a copy of weight in it.
-    vocab_stride: s > 1 looks at the target and at every s-th other class alone: s/2, s/2 + s, s/2 + 2s, ..., their sums scaled
-        by (V - 1) / (those seen). The target's own logit is of hidden and weight as given. The classes are the same in every
-        call, so what is lost is a bias common to the rows more than noise between them. Statistics that need the largest of
-        all logits ("margin", "top2_margin", "correct") are refused.
+    vocab_stride: s > 1 looks at the target and the classes 0, s, 2s, ... alone, the sums over others than the target scaled
+        by (V - 1) / (those seen). The target's own logit is of hidden and weight as given. For the loss; gradient norms
+        suffer more. Statistics that need the largest of all logits ("margin", "top2_margin", "correct") are refused.
 
     Returns SampleStats, [N] float32 each (float64 for float64 hidden), None where not asked for. Not differentiable.
     Memory beyond inputs and outputs: O(N), and on a CPU one block of logits a thread; with score_dtype the copies in it.
     Raises as `per_sample_stats` does, and TypeError or ValueError for weight, bias, softcap, logit_scale, score_dtype and
-    vocab_stride (1, or s + s // 2 < V) that are not as said, RuntimeError where the machine cannot compute in score_dtype.
+    vocab_stride (1, or below V) that are not as said, RuntimeError where the machine cannot compute in score_dtype.
 
     >>> hidden, weight = torch.eye(3)[:2], torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     >>> linear_per_sample_stats(hidden, weight, torch.tensor([0, 0]), stats=("margin",)).margin
@@ -214,12 +213,8 @@ def check_approximation(codes: Sequence[int], score_dtype: torch.dtype | None, v
 
 
 def check_stride(classes: int, vocab_stride: int) -> None:
-    # two classes are seen, of which one is not the target
-    if vocab_stride != 1 and not 1 < vocab_stride + vocab_stride // 2 < classes:
-        raise ValueError(
-            f"vocab_stride must be at least 1 and see two of the {classes} classes"
-            f" (vocab_stride + vocab_stride // 2 < {classes}), got {vocab_stride}"
-        )
+    if vocab_stride != 1 and not 1 < vocab_stride < classes:  # two classes are seen, of which one is not the target
+        raise ValueError(f"vocab_stride must be 1 or below the {classes} classes, got {vocab_stride}")
 
 
 def _approximate_stats(
@@ -241,9 +236,8 @@ def partial_stats(
 ) -> Tensor:  # fmt: skip
     """[PARTIALS, N]: what the classes of `weight`, from first_class on, say of the rows hidden [N, H] with targets y [N]."""
     scales: tuple[Tensor | None, Tensor | None] = (None, None)
-    offset = vocab_stride // 2
-    rows, seen = hidden, weight[offset::vocab_stride]
-    seen_bias = None if bias is None else bias[offset::vocab_stride]
+    rows, seen = hidden, weight[::vocab_stride]
+    seen_bias = None if bias is None else bias[::vocab_stride]
     if score_dtype == torch.float8_e4m3fn:
         (rows, hidden_scale), (seen, weight_scale) = to_float8(rows), to_float8(seen)
         scales = hidden_scale, weight_scale
@@ -252,7 +246,7 @@ def partial_stats(
         rows, seen = rows.to(score_dtype), seen.to(score_dtype)
         seen_bias = None if seen_bias is None else seen_bias.to(score_dtype)
     partials = backend.linear_partials(
-        rows, seen, y, seen_bias, *scales, first_class + offset, vocab_stride, codes, ignore_index, label_smoothing,
+        rows, seen, y, seen_bias, *scales, first_class, vocab_stride, codes, ignore_index, label_smoothing,
         softcap, logit_scale,
     )  # fmt: skip
     if vocab_stride > 1:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import linear_scores
 from benchmarks.end_to_end.drawing import time_split
 from benchmarks.micro.case import DTYPES
 from benchmarks.micro.growth import PARAMETERS
@@ -310,4 +311,5 @@ DRAWINGS: dict[str, dict[str, Callable[[Document], Figure | None]]] = {
     "growth": {"": _growth, "speedup": _speedup_over},
     "grad_norms": {"": _over_plain},
     "end_to_end": {"": time_split},
+    linear_scores.GROUP: {"": linear_scores.drawing},
 }

@@ -13,7 +13,7 @@ from adaselect_kernels import (
     reference,
     select_from_losses,
 )
-from adaselect_kernels.linear import SCORE_DTYPES, to_float8
+from adaselect_kernels.linear import SCORE_DTYPES, partial_stats, to_float8
 from adaselect_kernels.options import PARTIALS, STATS
 
 IGNORED = -7
@@ -68,8 +68,9 @@ def test_shards_combine_to_the_statistics_of_the_stored_logits(generator, sizes,
     targets[20:32] = torch.tensor([2, 8, 0, 5, 10, 2] * 2)
     targets[32:34] = torch.tensor([0, 3])
     hidden[36:38, 3] = math.nan
-    hidden[38] = 0.0  # with the bias below, rows whose classes tie
-    bias[[0, 4, 10]] = bias.max() + 1
+    hidden[38:42] = 0.0  # with the bias below, rows whose classes 3, 4 and 10 tie
+    bias[[3, 4, 10]] = bias.max() + 1
+    targets[38:42] = torch.tensor([3, 4, 10, 2])
     bias[5] = -math.inf
     got = combined(hidden, weight, targets, bias, sizes, smoothing, softcap, scale)
     z = logits_of(hidden, weight, bias, softcap, scale)
@@ -162,10 +163,11 @@ def test_a_stride_scales_the_sums_of_what_it_sees_and_keeps_the_target(generator
     hidden, weight, targets, bias = problem(generator, 26, 13)
     targets[:13], targets[20] = torch.arange(13), IGNORED
     keywords = {"bias": bias, "softcap": softcap, "logit_scale": 0.5, "ignore_index": IGNORED, "impl": "reference"}
+    keywords["label_smoothing"] = 0.1
     got = linear_per_sample_stats(hidden, weight, targets, stats=APPROXIMATED, vocab_stride=stride, **keywords)
     z = logits_of(hidden, weight, bias, softcap or 0.0, 0.5)
     seen = torch.zeros(13, dtype=torch.bool)
-    seen[stride // 2 :: stride] = True
+    seen[::stride] = True
     for i in range(26):
         y = int(targets[i])
         if y == IGNORED:
@@ -176,7 +178,7 @@ def test_a_stride_scales_the_sums_of_what_it_sees_and_keeps_the_target(generator
         s1, s2 = scale * e.sum(), scale * e.square().sum()
         d = s1 + e_y
         right = {
-            "loss": d.log() - z[i, y],
+            "loss": d.log() - 0.9 * z[i, y] - 0.1 * (scale * others.sum() + z[i, y]) / 13,
             "lse": d.log(),
             "grad_norm": (s1.square() + s2).sqrt() / d,
             "entropy": d.log() - (scale * (e * others).sum() + e_y * z[i, y]) / d,
@@ -188,11 +190,15 @@ def test_a_stride_scales_the_sums_of_what_it_sees_and_keeps_the_target(generator
 
 def test_a_nan_in_the_target_is_seen_through_a_stride(generator):
     hidden, weight, _, bias = problem(generator, 3, 9)
-    bias[3] = math.nan  # not among the classes 2 and 6 that are seen
+    bias[3] = math.nan  # not among the classes 0, 4 and 8 that are seen
     got = linear_per_sample_stats(
         hidden, weight, torch.tensor([3, 4, 5]), bias=bias, vocab_stride=4, stats=("loss",), impl="reference"
     )
     assert got.loss.isnan().tolist() == [True, False, False]
+    partials = partial_stats(
+        reference, hidden, weight, torch.tensor([3, 4, 5]), bias, 0, [0], IGNORED, 0.0, 0.0, 1.0, vocab_stride=4
+    )
+    assert partials[PARTIALS.index("nan")].tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", SCORE_DTYPES)
@@ -268,8 +274,8 @@ def test_selection_and_positions_under_approximations(generator):
 @pytest.mark.parametrize(
     ("keywords", "error", "match"),
     [
-        ({"vocab_stride": 0}, ValueError, "vocab_stride must be at least 1"),
-        ({"vocab_stride": 4}, ValueError, "see two of the 6 classes"),
+        ({"vocab_stride": 0}, ValueError, "vocab_stride must be 1 or below the 6 classes"),
+        ({"vocab_stride": 6}, ValueError, "below the 6 classes, got 6"),
         ({"vocab_stride": 2.0}, TypeError, "vocab_stride must be an int"),
         ({"vocab_stride": 2, "stats": ("margin", "loss", "correct")}, ValueError, "margin, correct need the largest"),
         ({"score_dtype": torch.float32}, ValueError, "score_dtype must be None or one of"),

@@ -188,7 +188,7 @@ def approximations(sizes: tuple[int, ...], mine: slice, impl: str) -> None:
     if len(sizes) == 4:  # one of the shards is of one class
         raises_everywhere(
             ValueError,
-            "see two of the 1 classes",
+            "below the 1 classes",
             lambda: distributed.vocab_parallel_stats(
                 hidden, weight[mine], targets, ignore_index=IGNORED, vocab_stride=2
             ),
