@@ -84,10 +84,9 @@ def _title(results: dict[str, Any]) -> str:
     config = results["config"]
     best = min(results["summary"], key=lambda row: row["bits_per_byte"]["mean"])
     seeds = len(results["references"])
-    reached = f"{best['bits_per_byte']['mean']:.3f} bits a byte"
-    name = best["variant"][:1].upper() + best["variant"][1:]
+    reached = f"{best['variant']}, {best['bits_per_byte']['mean']:.3f} bits a byte"
     return (
-        f"{name} ends lowest after {config['seconds']:g} s of training: {reached}\n"
+        f"Lowest after {config['seconds']:g} s of training: {reached}\n"
         f"GPT, {config['layers']} layers of width {config['width']}; {results['corpus']['vocabulary']:,} {config['vocabulary']},"
         f" head {100 * config['head_share']:.0f} % of a forward; gamma {config['gamma']:g};"
         f" {seeds} seed{'s' * (seeds > 1)}"
