@@ -7,6 +7,7 @@ from adaselect_kernels.functional import (
     WeightedSelection,
     bank_select,
     fused_select,
+    mask_to_indices,
     per_sample_stats,
     select_from_losses,
     select_mask,
@@ -14,7 +15,7 @@ from adaselect_kernels.functional import (
 )
 from adaselect_kernels.grad_norms import PerSampleGradNorm
 from adaselect_kernels.linear import fused_linear_select, linear_per_sample_stats
-from adaselect_kernels.losses import mask_to_indices, selected_cross_entropy, selected_linear_cross_entropy
+from adaselect_kernels.losses import selected_cross_entropy, selected_linear_cross_entropy
 from adaselect_kernels.options import AdaSelectionOptions
 from adaselect_kernels.policies import TokenSelection, TokenSelector, get_policy
 from adaselect_kernels.samplers import get_sampler

@@ -118,13 +118,17 @@ def check_linear(
             raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    check_softcap(softcap)
+    check_number("logit_scale", logit_scale)
+    if not -math.inf < logit_scale < math.inf or logit_scale == 0:  # math.isfinite cannot be traced
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale!r}")
+
+
+def check_softcap(softcap: float | None) -> None:
     if softcap is not None:
         check_number("softcap", softcap)
         if not 0.0 < softcap < math.inf:
             raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
-    check_number("logit_scale", logit_scale)
-    if not math.isfinite(logit_scale) or logit_scale == 0:
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale!r}")
 
 
 def check_number(name: str, value: float) -> None:

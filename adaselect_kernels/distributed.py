@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adaselect_kernels import dispatch
@@ -37,7 +36,7 @@ from adaselect_kernels.linear import (
     stats_from_partials,
     stats_of_methods,
 )
-from adaselect_kernels.losses import check_loss, reduce_losses, rows_and_targets, weights_of_rows
+from adaselect_kernels.losses import check_loss, differentiable_once, reduce_losses, rows_and_targets, weights_of_rows
 from adaselect_kernels.ops import rows_of
 from adaselect_kernels.options import METHODS, ORDERS, STATS, AdaSelectionOptions, check_methods, require_choice
 from adaselect_kernels.reference import valid_samples
@@ -189,7 +188,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, bias, y, losses, lse = ctx.saved_tensors
         shard, wanted = ctx.shard, list(ctx.needs_input_grad[:3])

@@ -306,21 +306,42 @@ def select_mask(
     """
     if not isinstance(per_sequence, bool):
         raise TypeError(f"per_sequence must be a bool, got {per_sequence!r}")
-    if per_sequence:
-        if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.numel() == 0:
-            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"scores per sequence must be [S, T] with S, T >= 1, got {got}")
-        check_float_vector("scores", scores.flatten())
+    if per_sequence and isinstance(scores, Tensor):
+        if scores.dim() != 2 or scores.numel() == 0:
+            raise ValueError(f"scores per sequence must be [S, T] with S, T >= 1, got shape {tuple(scores.shape)}")
+        check_float_vector("scores", scores[0])
     else:
         check_float_vector("scores", scores)
     selected_count(gamma, 1)  # its checks
     backend = dispatch.resolve(impl, scores.device)
     scores = scores.detach()
-    return (
-        backend.select_mask(scores, float(gamma))
-        if per_sequence
-        else backend.select_mask(scores[None], float(gamma))[0]
-    )
+    if per_sequence:
+        return backend.select_mask(scores, float(gamma))
+    return backend.select_mask(scores[None], float(gamma))[0]
+
+
+def mask_to_indices(mask: Tensor, k: int) -> Tensor:
+    """[k] int64: the flattened places where `mask` (bool, of `select_mask`) is true, ascending, then -1; no synchronisation.
+
+    Places beyond the first k are dropped: with k = clamp(floor(gamma N + 0.5), 1, N) of all N rows a mask of
+    `select_mask(scores, gamma)` has none.
+    Raises ValueError (k outside [1, N]), TypeError (dtypes).
+
+    >>> mask_to_indices(torch.tensor([False, True, False, True]), 3)
+    tensor([ 1,  3, -1])
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {got}")
+    mask = mask.reshape(-1)
+    n = mask.shape[0]
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k must be an int, got {k!r}")
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in [1, N] = [1, {n}], got {k}")
+    place = mask.cumsum(0) - 1
+    place = torch.where(mask & (place < k), place, k)  # k: the place that is cut off
+    return place.new_full((k + 1,), -1).scatter(0, place, torch.arange(n, device=mask.device))[:k]
 
 
 def bank_select(

@@ -1,6 +1,7 @@
 """Differentiable cross-entropy over chosen rows: the backward pass that a selection saves."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from adaselect_kernels.checks import (
     check_linear,
     check_number,
     check_rows,
+    check_softcap,
     check_targets,
     may_synchronise,
 )
@@ -63,11 +65,11 @@ def selected_cross_entropy(
     """
     check_rows("logits", "C", logits, targets)
     z_loss = check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
-    backend = dispatch.resolve(impl, logits.device)
+    dispatch.resolve(impl, logits.device)  # refused before any work
     logits = logits.reshape(-1, logits.shape[-1])
     rows, y = rows_and_targets(indices, targets, logits.shape[-1], ignore_index)
-    settings = (float(label_smoothing), softcap or 0.0, z_loss)
-    losses = _CrossEntropy.apply(logits, targets.reshape(-1), rows, y, ignore_index, settings, backend)
+    settings = (float(label_smoothing), float(softcap or 0.0), z_loss)
+    losses = _CrossEntropy.apply(logits, targets.reshape(-1), rows, y, ignore_index, settings, impl)
     return reduce_losses(losses, y, ignore_index, reduction)
 
 
@@ -107,55 +109,44 @@ def selected_linear_cross_entropy(
     hidden, weight, bias = autocast_linear(hidden, weight, bias)
     check_linear(hidden, weight, bias, softcap, logit_scale)
     z_loss = check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
-    backend = dispatch.resolve(impl, hidden.device)
+    dispatch.resolve(impl, hidden.device)  # refused before any work
     rows, y = rows_and_targets(indices, targets, weight.shape[0], ignore_index)
     chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.clamp(min=0))
-    settings = (float(label_smoothing), softcap or 0.0, float(logit_scale), z_loss)
-    losses = _LinearCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, backend)
+    settings = (float(label_smoothing), float(softcap or 0.0), float(logit_scale), z_loss)
+    losses = _LinearCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, impl)
     return reduce_losses(losses, y, ignore_index, reduction)
 
 
-def mask_to_indices(mask: Tensor, k: int, *, impl: str = "auto") -> Tensor:
-    """[k] int64: the flattened places where `mask` (bool, of `select_mask`) is true, ascending, then -1; no synchronisation.
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """once_differentiable, loud also where `grad` is a constant: the gradients depend on the inputs, and no one says how."""
+    refusing = once_differentiable(backward)
 
-    Places beyond the first k are dropped: with k = clamp(floor(gamma N + 0.5), 1, N) of all N rows a mask of
-    `select_mask(scores, gamma)` has none.
+    def wrapper(ctx: Any, grad: Tensor) -> Any:
+        return refusing(ctx, grad.detach().requires_grad_() if torch.is_grad_enabled() else grad)
 
-    >>> mask_to_indices(torch.tensor([False, True, False, True]), 3)
-    tensor([ 1,  3, -1])
-    """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, got {got}")
-    mask = mask.reshape(-1)
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k must be an int, got {k!r}")
-    if not 1 <= k <= mask.shape[0]:
-        raise ValueError(f"k must be in [1, N] = [1, {mask.shape[0]}], got {k}")
-    rows = dispatch.resolve(impl, mask.device).select_topk(mask.to(torch.float32), k, True, "index")
-    order = (~mask[rows]).to(torch.int8).argsort(stable=True)  # rows that only fill up go last
-    rows = rows[order]
-    return torch.where(mask[rows], rows, -1)
+    return wrapper
 
 
 class _CrossEntropy(torch.autograd.Function):
     """Losses [k] of chosen rows of logits [N, C]."""
 
     @staticmethod
-    def forward(ctx: Any, logits, targets, rows, y, ignore_index, settings, backend) -> Tensor:
+    def forward(ctx: Any, logits, targets, rows, y, ignore_index, settings, impl) -> Tensor:
         label_smoothing, softcap, z_loss = settings
         chosen = logits.detach().index_select(0, rows.clamp(min=0))
         if softcap > 0:
             chosen = softcap * (chosen.to(statistics_dtype(chosen)) / softcap).tanh()
-        losses, lse = backend.per_sample_stats(chosen, y, _WANTED, "sample", ignore_index, label_smoothing)
+        losses, lse = dispatch.resolve(impl, logits.device).per_sample_stats(
+            chosen, y, _WANTED, "sample", ignore_index, label_smoothing
+        )
         if z_loss > 0:
             losses = losses + z_loss * lse.square()
         ctx.save_for_backward(logits, targets, rows, y, losses, lse)
-        ctx.ignore_index, ctx.settings, ctx.backend = ignore_index, settings, backend
+        ctx.ignore_index, ctx.settings, ctx.impl = ignore_index, settings, impl
         return losses
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, rows, y, losses, lse = ctx.saved_tensors
         n = logits.shape[0]
@@ -163,32 +154,33 @@ class _CrossEntropy(torch.autograd.Function):
         place = torch.where(rows < 0, n, rows)  # an empty place writes beyond the end
         weights = row_weight.new_zeros(n + 1).index_add(0, place, row_weight)[:n]
         all_lse = lse.new_zeros(n + 1).index_copy(0, place, lse)[:n]
-        return ctx.backend.cross_entropy_backward(weights, logits, targets, all_lse, *ctx.settings), *[None] * 6
+        backend = dispatch.resolve(ctx.impl, logits.device)
+        return backend.cross_entropy_backward(weights, logits, targets, all_lse, *ctx.settings), *[None] * 6
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Losses [k] of rows [k, H] under a linear classifier."""
 
     @staticmethod
-    def forward(ctx: Any, rows, weight, bias, y, ignore_index, settings, backend) -> Tensor:
+    def forward(ctx: Any, rows, weight, bias, y, ignore_index, settings, impl) -> Tensor:
         label_smoothing, softcap, logit_scale, z_loss = settings
-        losses, lse = backend.linear_per_sample_stats(
+        losses, lse = dispatch.resolve(impl, rows.device).linear_per_sample_stats(
             rows.detach(), weight.detach(), y, None if bias is None else bias.detach(), _WANTED, "sample", ignore_index,
             label_smoothing, softcap, logit_scale,
         )  # fmt: skip
         if z_loss > 0:
             losses = losses + z_loss * lse.square()
         ctx.save_for_backward(rows, weight, bias, y, losses, lse)
-        ctx.ignore_index, ctx.settings, ctx.backend = ignore_index, settings, backend
+        ctx.ignore_index, ctx.settings, ctx.impl = ignore_index, settings, impl
         return losses
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, bias, y, losses, lse = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in range(3)]
         row_weight = weights_of_rows(grad, losses, y, ctx.ignore_index)
-        grads = ctx.backend.linear_loss_backward(
+        grads = dispatch.resolve(ctx.impl, rows.device).linear_loss_backward(
             row_weight, rows, weight, y, lse, bias, 0, weight.shape[0], *ctx.settings, wanted
         )
         grads = [g if want else None for g, want in zip(grads, wanted, strict=True)]
@@ -236,10 +228,7 @@ def check_loss(indices, targets, reduction, ignore_index, label_smoothing, softc
         raise ValueError(f"indices must be on the device of targets, {targets.device}, got {indices.device}")
     require_choice("reduction", reduction, REDUCTIONS)
     check_labels("token", ignore_index, label_smoothing)
-    if softcap is not None:
-        check_number("softcap", softcap)
-        if not 0.0 < softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, or None, got {softcap!r}")
+    check_softcap(softcap)
     check_number("z_loss", z_loss)
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be finite and at least 0, got {z_loss!r}")

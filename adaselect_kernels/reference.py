@@ -310,12 +310,18 @@ def linear_logits(
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden_scale is not None and weight_scale is not None:
         hidden, weight = hidden * hidden_scale[:, None], weight * weight_scale[:, None]
-    u = hidden @ weight.T
+    u = _product(hidden, weight.T)
     if bias is not None:
         u = u + bias.to(dtype)
     if logit_scale != 1.0:
         u = u * logit_scale
     return softcap * (u / softcap).tanh() if softcap > 0 else u
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype, which torch.autocast would round."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def linear_per_sample_stats(
@@ -460,8 +466,8 @@ def linear_loss_backward(
     )
     nothing = weight.new_empty(0)
     return (
-        grad @ weight.to(grad.dtype) if wanted[0] else grad.new_empty(0),
-        (grad.T @ rows.to(grad.dtype)).to(weight.dtype) if wanted[1] else nothing,
+        _product(grad, weight.to(grad.dtype)) if wanted[0] else grad.new_empty(0),
+        _product(grad.T, rows.to(grad.dtype)).to(weight.dtype) if wanted[1] else nothing,
         grad.sum(0).to(weight.dtype) if wanted[2] else nothing,
     )
 

@@ -81,6 +81,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                        seed, options);
       },
       Unlocked());
+  m.def("select_mask", adaselect::select_mask, Unlocked());
+  m.def("cross_entropy_backward", adaselect::cross_entropy_backward, Unlocked());
+  m.def("linear_loss_backward", adaselect::linear_loss_backward, Unlocked());
   m.def("bank_select", adaselect::bank_select, Unlocked());
   m.def("linear_grad_sq_norms", adaselect::linear_grad_sq_norms, Unlocked());
   m.def("linear_grads_and_sq_norms", adaselect::linear_grads_and_sq_norms, Unlocked());

@@ -14,12 +14,12 @@ from adaselect_kernels.functional import (
     SampleStats,
     baseline_select_from_losses,
     fused_select,
+    mask_to_indices,
     per_sample_stats,
     select_from_losses,
     select_mask,
 )
 from adaselect_kernels.linear import check_approximation, fused_linear_select, linear_per_sample_stats
-from adaselect_kernels.losses import mask_to_indices
 from adaselect_kernels.options import AdaSelectionOptions, check_methods, require_choice
 from adaselect_kernels.policies.policy import Chooser
 from adaselect_kernels.state import AdaSelectionState
@@ -281,7 +281,7 @@ class TokenSelector(Chooser):
         else:
             mask = select_mask(scores.flatten(), config.gamma, impl=config.impl).view(shape)
             k = selected_count(config.gamma, scores.numel())
-        indices = mask_to_indices(mask, k, impl=config.impl)
+        indices = mask_to_indices(mask, k)
         return TokenSelection(indices, mask, scores, losses, (scores > -math.inf).sum(), mask.sum())
 
     @property

@@ -15,7 +15,7 @@ struct InstructionSet {
   KernelTable {                                                                                         \
     name, isa::row_stats_by_dtype, isa::batch_by_dtype, isa::select32_by_dtype, &isa::select64_kernels, \
         &isa::matrix32_kernels, &isa::matrix64_kernels, isa::pack_by_dtype, isa::affine_by_dtype,       \
-        isa::segment_by_dtype, isa::bank_by_dtype                                                       \
+        isa::segment_by_dtype, isa::bank_by_dtype, isa::loss_by_dtype                                   \
   }
 
 // Best first.

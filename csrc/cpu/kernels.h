@@ -185,6 +185,31 @@ struct BankArgs {
 };
 using BankFn = void (*)(const BankArgs& args, int64_t begin, int64_t end);
 
+// Gradients of sum_i w_i l_i in logits (adaselect_kernels/ops.py); rows of weight 0 are the caller's to leave out of
+// tiles.
+struct LossArgs {
+  const void *row_weight, *lse;  // [rows] of the compute type
+  const int64_t* targets;        // [rows]
+  int64_t classes;               // in all
+  double label_smoothing, softcap, logit_scale, z_loss;
+};
+struct LossTile {
+  void* logits;      // [rows, columns] before bias, scale and softcap, of the compute type: becomes their gradient
+  int64_t stride;    // of its rows
+  const void* bias;  // [columns] of the compute type, or null
+  int64_t first_row, rows, first_class, columns;
+};
+struct LossKernels {
+  void (*grad_tile)(const LossArgs& args, const LossTile& tile);
+  // Rows [begin, end) of stored logits -> out [., classes]; logit_scale is 1.
+  void (*grad_stored)(const LossArgs& args, const void* logits, int64_t row_stride, int64_t class_stride, int64_t begin,
+                      int64_t end, void* out);
+  void (*add_columns)(const void* block, int64_t stride, int64_t rows, int64_t columns, double* sums);
+  // From the stored to the compute type and back.
+  void (*widen)(const void* values, int64_t stride, int64_t n, void* out);
+  void (*round_to_stored)(const void* values, int64_t n, void* out);
+};
+
 // One of these per instruction set; arrays are indexed by the Dtype of the kernel's floating point input.
 struct KernelTable {
   const char* name;
@@ -198,6 +223,7 @@ struct KernelTable {
   const AffineFn* affine;
   const SegmentFn* segment;
   const BankFn* bank;  // and uint8 after the Dtypes
+  const LossKernels* loss;
 };
 
 #define ADASELECT_DECLARE_KERNELS(isa)                       \
@@ -212,6 +238,7 @@ struct KernelTable {
   extern const AffineFn affine_by_dtype[4];                  \
   extern const SegmentFn segment_by_dtype[4];                \
   extern const BankFn bank_by_dtype[5];                      \
+  extern const LossKernels loss_by_dtype[4];                 \
   }
 #if defined(__x86_64__)
 ADASELECT_DECLARE_KERNELS(avx512)

@@ -1,6 +1,7 @@
 // The operators of adaselect_kernels/ops.py on the CPU, and the stages they share.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -59,6 +60,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
 
 std::tuple<at::Tensor, at::Tensor> bank_select(const at::Tensor& features, const at::Tensor& rows,
                                                const at::Tensor& theta, double norm, int64_t k, bool largest);
+
+at::Tensor select_mask(const at::Tensor& scores, double gamma);
+
+// Gradients of weighted losses, see adaselect_kernels/ops.py.
+at::Tensor cross_entropy_backward(const at::Tensor& row_weight, const at::Tensor& logits, const at::Tensor& targets,
+                                  const at::Tensor& lse, double label_smoothing, double softcap, double z_loss);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_loss_backward(
+    const at::Tensor& row_weight, const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& targets,
+    const at::Tensor& lse, const std::optional<at::Tensor>& bias, int64_t first_class, int64_t classes,
+    double label_smoothing, double softcap, double logit_scale, double z_loss, std::array<bool, 3> wanted);
 
 // Per-sample squared norms [N] of gradients, see adaselect_kernels/ops.py.
 at::Tensor linear_grad_sq_norms(const at::Tensor& activations, const at::Tensor& grads, bool weight, bool bias,

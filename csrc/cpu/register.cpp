@@ -9,6 +9,9 @@ TORCH_LIBRARY_IMPL(adaselect, CPU, m) {
   m.impl("select_topk", adaselect::select_topk);
   m.impl("select_from_losses", adaselect::select_from_losses);
   m.impl("fused_select", adaselect::fused_select);
+  m.impl("select_mask", adaselect::select_mask);
+  m.impl("cross_entropy_backward", adaselect::cross_entropy_backward);
+  m.impl("linear_loss_backward", adaselect::linear_loss_backward);
   m.impl("bank_select", adaselect::bank_select);
   m.impl("linear_grad_sq_norms", adaselect::linear_grad_sq_norms);
   m.impl("linear_grads_and_sq_norms", adaselect::linear_grads_and_sq_norms);

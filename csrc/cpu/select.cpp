@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 
@@ -187,6 +188,40 @@ void select_keys(KeySource<Key> source, int64_t k, bool by_score, int64_t* indic
   if (by_score) sort_by_score<Key>(source, k, indices);
 }
 
+// How many keys are at least `least`.
+template <class Key>
+int64_t count_keys(const KeySource<Key>& source, Key least) {
+  std::atomic<int64_t> total{0};
+  at::parallel_for(0, source.chunks(), kGrainChunks, [&](int64_t begin, int64_t end) {
+    int64_t found = 0;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      source.for_each_block(chunk, [&](const Key* keys, int64_t count, int64_t) {
+        found += source.kernel.count_at_least(keys, count, least);
+      });
+    }
+    total += found;
+  });
+  return total.load();
+}
+
+// One row of a mask, false before: true for the clamp(floor(gamma n + 0.5), 1, n) best of its n finite scores.
+template <class Key>
+void mark_best(KeySource<Key> source, double gamma, bool* mask) {
+  constexpr int mantissa = sizeof(Key) == 4 ? 23 : 52;
+  constexpr Key lowest_finite = Key{1} << mantissa, infinity = ~(lowest_finite - 1);
+  alignas(64) Key buffer[kSmall];
+  if (source.n <= kSmall) source.compacted = source.get(0, source.n, buffer);
+  const int64_t infinite = count_keys<Key>(source, infinity);  // the first in the order, left out at the end
+  const int64_t finite = count_keys<Key>(source, lowest_finite) - infinite;
+  if (finite == 0) return;
+  const double wanted = std::floor(gamma * static_cast<double>(finite) + 0.5);
+  const int64_t k = infinite + std::min(finite, std::max<int64_t>(1, static_cast<int64_t>(wanted)));
+  Scratch scratch(k * static_cast<int64_t>(sizeof(int64_t)));
+  int64_t* indices = scratch.take<int64_t>(0);
+  emit<Key>(source, kth_largest<Key>(source, k), k, indices);
+  for (int64_t i = 0; i < k; ++i) mask[indices[i]] = infinite == 0 || source.at(indices[i]) < infinity;
+}
+
 }  // namespace
 
 void select(const void* scores, Dtype dtype, int64_t stride, int64_t n, int64_t k, bool largest, bool by_score,
@@ -208,6 +243,36 @@ at::Tensor select_topk(const at::Tensor& scores, int64_t k, bool largest, std::s
   select(scores.const_data_ptr(), dtype_of(scores, "scores"), scores.stride(0), scores.size(0), k, largest, by_score,
          indices.mutable_data_ptr<int64_t>());
   return indices;
+}
+
+at::Tensor select_mask(const at::Tensor& scores, double gamma) {
+  check_cpu(scores, "scores");
+  const Dtype dtype = dtype_of(scores, "scores");
+  TORCH_CHECK_VALUE(scores.dim() == 2, "scores must be [S, T], got shape ", scores.sizes());
+  TORCH_CHECK_VALUE(gamma > 0 && gamma <= 1, "gamma must be in (0, 1], got ", gamma);
+  const int64_t sequences = scores.size(0), n = scores.size(1), size = scores.element_size();
+  at::Tensor mask = at::detail::empty_cpu({sequences, n}, at::kBool);
+  std::memset(mask.mutable_data_ptr(), 0, mask.numel());
+  if (n == 0) return mask;
+  const char* first = static_cast<const char*>(scores.const_data_ptr());
+  const auto mark = [&](int64_t s) {
+    const void* row = first + s * scores.stride(0) * size;
+    bool* out = mask.mutable_data_ptr<bool>() + s * n;
+    if (dtype == Dtype::kFloat64) {
+      mark_best<uint64_t>({*kernels().select64, row, size, scores.stride(1), n, true, nullptr}, gamma, out);
+    } else {
+      const auto& kernel = kernels().select32[static_cast<int>(dtype)];
+      mark_best<uint32_t>({kernel, row, size, scores.stride(1), n, true, nullptr}, gamma, out);
+    }
+  };
+  if (sequences == 1) {
+    mark(0);  // its own passes have threads
+  } else {
+    at::parallel_for(0, sequences, std::max<int64_t>(1, kChunkKeys / n), [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) mark(s);
+    });
+  }
+  return mask;
 }
 
 }  // namespace adaselect
