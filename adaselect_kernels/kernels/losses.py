@@ -139,9 +139,9 @@ def long_gradient_kernel(
     HEAD: a row may begin between two boundaries, in logits and out alike; else strides count vectors.
     """
     COMPUTE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0).to(tl.int64)
-    row = program // parts
-    part = (program % parts).to(tl.int32)
+    program = tl.program_id(0)
+    row = (program // parts).to(tl.int64)
+    part = program % parts
     weight, y, lse, lse_rest = load_row(
         row_weight_ptr, targets_ptr, lse_ptr, row, True, stride_weight, stride_target, stride_lse, first_class, columns,
         COMPUTE,
@@ -151,14 +151,14 @@ def long_gradient_kernel(
     )
 
     # 1. columns before the first boundary, then whole vectors, then the rest
+    head = 0
     if HEAD:
-        row_ptr, out_row_ptr = logits_ptr + row * stride_row, out_ptr + row * stride_out
-        head = tl.minimum((VEC - (row * stride_row) % VEC) % VEC, columns).to(tl.int32)
-        body_ptr, out_body_ptr = tl.multiple_of(row_ptr + head, 16), tl.multiple_of(out_row_ptr + head, 16)
+        start, out_start = row * stride_row, row * stride_out
+        head = tl.minimum((VEC - start % VEC) % VEC, columns).to(tl.int32)
+        body, out_body = tl.multiple_of(start + head, VEC), tl.multiple_of(out_start + head, VEC)
     else:
-        row_ptr, out_row_ptr = logits_ptr + row * stride_row * VEC, out_ptr + row * stride_out * VEC
-        head = 0
-        body_ptr, out_body_ptr = row_ptr, out_row_ptr
+        start, out_start = row * stride_row * VEC, row * stride_out * VEC
+        body, out_body = start, out_start
     vectors = (columns - head) // VEC
 
     # 2. whole vectors; a row of weight 0 is not read: its logits may be anything
@@ -166,28 +166,28 @@ def long_gradient_kernel(
     local = vector * VEC + tl.arange(0, VEC)[None, :]
     inside = tl.broadcast_to(vector < vectors, local.shape)
     read = tl.broadcast_to(vector < tl.where(weight == 0.0, 0, vectors), local.shape)
-    u = tl.load(body_ptr + local, mask=read, other=0.0).to(COMPUTE)
+    u = tl.load(logits_ptr + body + local, mask=read, other=0.0).to(COMPUTE)
     bias = tl.zeros([1, 1], COMPUTE)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + head + local, mask=inside, other=0.0).to(COMPUTE)
     z, slope = bend(u, bias, softcap, scale, HAS_SOFTCAP)
     p = exponential((z - lse) - lse_rest)
     grad = gradient(p, slope, head + local, weight, y, lse, smoothing, share, z_loss)
-    tl.store(out_body_ptr + local, grad, mask=inside)
+    tl.store(out_ptr + out_body + local, grad, mask=inside)
 
-    # 3. the edges, one column a lane
-    if part == 0:
-        lane = tl.arange(0, 2 * VEC)
-        edge = tl.where(lane < VEC, lane, head + vectors * VEC + lane - VEC)
-        end = tl.where(lane < VEC, head, columns)
-        edge_u = tl.load(row_ptr + edge, mask=edge < tl.where(weight == 0.0, 0, end), other=0.0).to(COMPUTE)
-        edge_bias = tl.zeros([1], COMPUTE)
-        if HAS_BIAS:
-            edge_bias = tl.load(bias_ptr + edge, mask=edge < end, other=0.0).to(COMPUTE)
-        edge_z, edge_slope = bend(edge_u, edge_bias, softcap, scale, HAS_SOFTCAP)
-        edge_p = exponential((edge_z - lse) - lse_rest)
-        edge_grad = gradient(edge_p, edge_slope, edge, weight, y, lse, smoothing, share, z_loss)
-        tl.store(out_row_ptr + edge, edge_grad, mask=edge < end)
+    # 3. the edges, one column a lane; without a branch, as they are few
+    lane = tl.arange(0, 2 * VEC)
+    edge = tl.where(lane < VEC, lane, head + vectors * VEC + lane - VEC)
+    end = tl.where(lane < VEC, head, columns)
+    end = tl.where(part == 0, end, 0)
+    edge_u = tl.load(logits_ptr + start + edge, mask=edge < tl.where(weight == 0.0, 0, end), other=0.0).to(COMPUTE)
+    edge_bias = tl.zeros([1], COMPUTE)
+    if HAS_BIAS:
+        edge_bias = tl.load(bias_ptr + edge, mask=edge < end, other=0.0).to(COMPUTE)
+    edge_z, edge_slope = bend(edge_u, edge_bias, softcap, scale, HAS_SOFTCAP)
+    edge_p = exponential((edge_z - lse) - lse_rest)
+    edge_grad = gradient(edge_p, edge_slope, edge, weight, y, lse, smoothing, share, z_loss)
+    tl.store(out_ptr + out_start + edge, edge_grad, mask=edge < end)
 
 
 @triton.jit(do_not_specialize=["columns", "softcap_bits"])

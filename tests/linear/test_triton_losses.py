@@ -253,6 +253,19 @@ def test_gradients_of_a_classifier(generator, launches, monkeypatch, dtype, rows
     assert names(launches) == ["short_gradient"] * blocks
 
 
+def test_sums_over_blocks_of_rows_are_rounded_once(generator, monkeypatch):
+    hidden, weight, bias = classifier(generator, 12, 16, 37, torch.bfloat16)
+    row_weight, targets = weights_and_targets(generator, 2, 37, torch.bfloat16)
+    row_weight, targets = row_weight.repeat(6), targets.repeat(6)
+
+    def gradients(rows):
+        small_blocks(monkeypatch, torch.bfloat16, rows, 40)
+        return check_linear(row_weight, hidden, weight, targets, bias)[1:]
+
+    for blocks, whole in zip(gradients(1), gradients(12), strict=True):
+        assert (blocks != whole).double().mean() < 0.05, "float32 sums in another order seldom round differently"
+
+
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
 )
