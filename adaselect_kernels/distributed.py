@@ -36,7 +36,14 @@ from adaselect_kernels.linear import (
     stats_from_partials,
     stats_of_methods,
 )
-from adaselect_kernels.losses import check_loss, differentiable_once, reduce_losses, rows_and_targets, weights_of_rows
+from adaselect_kernels.losses import (
+    check_loss,
+    differentiable_once,
+    reduce_losses,
+    rows_and_targets,
+    rows_to_read,
+    weights_of_rows,
+)
 from adaselect_kernels.ops import rows_of
 from adaselect_kernels.options import METHODS, ORDERS, STATS, AdaSelectionOptions, check_methods, require_choice
 from adaselect_kernels.reference import valid_samples
@@ -165,7 +172,8 @@ def vocab_parallel_cross_entropy(
     check_linear(hidden, weight, bias, softcap, logit_scale)
     backend = dispatch.resolve(impl, hidden.device)
     rows, y = rows_and_targets(indices, targets, shard.classes, ignore_index)
-    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.clamp(min=0))
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    chosen = hidden.index_select(0, rows_to_read(rows, hidden.shape[0]))
     settings = (float(label_smoothing), softcap or 0.0, float(logit_scale), z_loss)
     losses = _VocabParallelCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, backend, shard)
     return reduce_losses(losses, y, ignore_index, reduction)

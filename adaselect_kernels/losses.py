@@ -111,7 +111,8 @@ def selected_linear_cross_entropy(
     z_loss = check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
     dispatch.resolve(impl, hidden.device)  # refused before any work
     rows, y = rows_and_targets(indices, targets, weight.shape[0], ignore_index)
-    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.clamp(min=0))
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    chosen = hidden.index_select(0, rows_to_read(rows, hidden.shape[0]))
     settings = (float(label_smoothing), float(softcap or 0.0), float(logit_scale), z_loss)
     losses = _LinearCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, impl)
     return reduce_losses(losses, y, ignore_index, reduction)
@@ -133,7 +134,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, targets, rows, y, ignore_index, settings, impl) -> Tensor:
         label_smoothing, softcap, z_loss = settings
-        chosen = logits.detach().index_select(0, rows.clamp(min=0))
+        chosen = logits.detach().index_select(0, rows_to_read(rows, logits.shape[0]))
         if softcap > 0:
             chosen = softcap * (chosen.to(statistics_dtype(chosen)) / softcap).tanh()
         losses, lse = dispatch.resolve(impl, logits.device).per_sample_stats(
@@ -151,8 +152,8 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, rows, y, losses, lse = ctx.saved_tensors
         n = logits.shape[0]
         row_weight = weights_of_rows(grad, losses, y, ctx.ignore_index)
+        weights = row_weight.new_zeros(n).index_add(0, rows_to_read(rows, n), row_weight)
         place = torch.where(rows < 0, n, rows)  # an empty place writes beyond the end
-        weights = row_weight.new_zeros(n + 1).index_add(0, place, row_weight)[:n]
         all_lse = lse.new_zeros(n + 1).index_copy(0, place, lse)[:n]
         backend = dispatch.resolve(ctx.impl, logits.device)
         return backend.cross_entropy_backward(weights, logits, targets, all_lse, *ctx.settings), *[None] * 6
@@ -207,6 +208,14 @@ def rows_and_targets(indices: Tensor, targets: Tensor, classes: int, ignore_inde
     y = torch.where(inside, y, classes if ignore_index != classes else -1)  # no class: its loss is NaN
     check_targets(y, classes, ignore_index)
     return rows, y
+
+
+def rows_to_read(rows: Tensor, n: int) -> Tensor:
+    """The rows, and for each empty place some row, whose loss and weight are 0.
+
+    A row of its own, as a GPU would add the zeros of thousands of places to one row's gradient one after another.
+    """
+    return torch.where(rows < 0, torch.arange(rows.shape[0], device=rows.device) % n, rows)
 
 
 def reduce_losses(losses: Tensor, y: Tensor, ignore_index: int, reduction: str) -> Tensor:

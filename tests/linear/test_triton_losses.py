@@ -361,6 +361,19 @@ def test_a_selected_loss_asked_for_twice(generator):
     assert (once[[0, 1, 3, 4, 5, 6, 8]] == 0).all()
 
 
+def test_empty_places_read_other_rows_and_leave_no_trace(generator):
+    """Also where an empty place reads the row of another, or one of NaN."""
+    logits = torch.full((5, 21), math.nan)
+    logits[[1, 3]] = torch.randn(2, 21, generator=generator)
+    targets = torch.randint(21, (5,), generator=generator)
+    mine, right = logits.clone().requires_grad_(), logits[[1, 3]].requires_grad_()
+    indices = torch.tensor([-1, -1, 3, -1, 1, -1, -1])  # place 1 reads row 1, place 6 too
+    selected_cross_entropy(mine, targets, indices, reduction="sum", impl="triton").backward()
+    F.cross_entropy(right, targets[[1, 3]], reduction="sum").backward()
+    torch.testing.assert_close(mine.grad[[1, 3]], right.grad)
+    assert (mine.grad[[0, 2, 4]] == 0).all()
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
