@@ -16,13 +16,7 @@ from adaselect_kernels.policies import get_policy
 from adaselect_kernels.training import SelectedBatches, get_scorer
 from adaselect_kernels.training.scorers import SCORERS, Scorer, median_seconds
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Linear:
