@@ -29,6 +29,13 @@ def total(z, targets, weight, label_smoothing=0.0, softcap=0.0, z_loss=0.0):
     return (weight.to(each.dtype) * (each + z_loss * z.logsumexp(1).square())).sum()
 
 
+def assert_right(got, oracle, peer, what):
+    """Within PyTorch's own error; of float64, whose oracle is no more exact than it, within a few roundings."""
+    if got.dtype == torch.float64:
+        peer = oracle + 8 * torch.finfo(torch.float64).eps * oracle.abs().max()
+    assert_within_budget(got, oracle, peer, what)
+
+
 def rows(n, classes, dtype, share=0.5):
     """Weights, of which `share` are not 0, and targets."""
     weight = torch.rand(n, device=CUDA, dtype=reference.compute_dtype(dtype)) + 0.5
@@ -67,7 +74,7 @@ def test_gradients_of_logits(n, classes, dtype, layout):
         logits = wide[:, 1 : classes + 1]
     operators = dispatch.resolve("triton", CUDA)
     got = operators.cross_entropy_backward(weight, logits, targets, lse.to(weight.dtype), 0.1, 20.0, 1e-3)
-    assert_within_budget(got, oracle, peer.grad, "gradient")
+    assert_right(got, oracle, peer.grad, "gradient")
     assert (got[weight == 0] == 0).all()
 
 
@@ -92,7 +99,9 @@ def test_more_than_two_to_the_31_logits():
 def test_large_offsets_keep_their_digits(classes):
     logits = torch.randn(64, classes, device=CUDA) * 3 + 1e4
     targets = torch.randint(classes, (64,), device=CUDA)
-    mine, peer, oracle = (logits.to(t).requires_grad_() for t in (torch.float32, torch.float32, torch.float64))
+    mine, peer, oracle = (
+        logits.to(t, copy=True).requires_grad_() for t in (torch.float32, torch.float32, torch.float64)
+    )
     selected_cross_entropy(mine, targets, torch.arange(64, device=CUDA), reduction="sum").backward()
     for z in (peer, oracle):
         F.cross_entropy(z, targets, reduction="sum").backward()
@@ -132,7 +141,7 @@ def test_gradients_of_a_classifier(monkeypatch, n, features, classes, block_byte
     peers = [t.clone().requires_grad_() for t in tensors]
     total(0.5 * F.linear(*peers), targets, weight, **OPTIONS).backward()
     for name, mine, right, peer in zip(("rows", "weight", "bias"), got, oracle, peers, strict=True):
-        assert_within_budget(mine, right, peer.grad, name)
+        assert_right(mine, right, peer.grad, name)
     again = operators.linear_loss_backward(weight, hidden, tensors[1], targets, lse.to(weight.dtype), tensors[2], *rest)
     assert all(map(torch.equal, got, again)), "not the same bits"
 

@@ -87,6 +87,13 @@ def total(z, targets, weight, label_smoothing, softcap, z_loss):
     return (weight.nan_to_num(nan=0.0).to(each.dtype) * each).sum()
 
 
+def assert_right(got, oracle, peer, what):
+    """Within PyTorch's own error; of float64, whose oracle is no more exact than it, within a few roundings."""
+    if got.dtype == torch.float64:
+        peer = oracle + 8 * torch.finfo(torch.float64).eps * oracle[oracle.isfinite()].abs().max()
+    assert_within_budget(got, oracle, peer, what)
+
+
 def check_gradient(logits, targets, weight, settings=PLAIN):
     """`logits` may be NaN in rows of weight 0."""
     before = logits.clone()
@@ -100,7 +107,7 @@ def check_gradient(logits, targets, weight, settings=PLAIN):
     oracle = reference.cross_entropy_backward(weight.double(), logits.double(), targets, lse, *settings)
     peer = logits.nan_to_num(nan=0.0).contiguous().requires_grad_()
     total(peer, targets, weight, *settings).backward()
-    assert_within_budget(got, oracle, peer.grad, f"gradient of {tuple(logits.shape)} {logits.dtype}")
+    assert_right(got, oracle, peer.grad, f"gradient of {tuple(logits.shape)} {logits.dtype}")
 
 
 def batch(generator, n, classes, dtype, scale=3.0, offset=0.0):
@@ -228,7 +235,7 @@ def check_linear(row_weight, hidden, weight, targets, bias, scale=1.0, settings=
         assert mine.dtype == dtype
         if want:
             assert mine.is_contiguous()
-            assert_within_budget(mine, right, peer.grad, name)
+            assert_right(mine, right, peer.grad, name)
         else:
             assert mine.shape == (0,)
     return got
