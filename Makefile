@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is not imported need not be compiled to bytecode: most of torch, SciPy and SymPy.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 TOOLS := triton pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff clang-format 'pyright[nodejs]'
 GROUPS ?=
@@ -39,7 +38,7 @@ test: export ADASELECT_REQUIRE_EXTENSION := 1
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_triton_kernels.py tests/test_triton_grad_norms.py \
-		tests/samplers/test_triton_bank.py tests/linear/test_triton_losses.py
+		tests/samplers/test_triton_bank.py tests/linear/test_triton_losses.py tests/linear/test_triton_linear.py
 
 lint: $(VENV)/.tools
 	$(BIN)/python -m ruff check .

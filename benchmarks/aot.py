@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from adaselect_kernels.kernels import bank, batch_stage, fused, grad_norms, losses, row_stats, select
+from adaselect_kernels.kernels import bank, batch_stage, fused, grad_norms, linear, losses, row_stats, select
 from adaselect_kernels.kernels.runtime import TRITON_VERSION, Compilation
 
 TARGETS = {
@@ -40,8 +40,10 @@ FAMILIES: dict[str, Any] = {
     "grad_norms": grad_norms,
     "bank": bank,
     "losses": losses,
+    "linear": linear,
 }
 ROOMY = ("sm_80", "sm_90", "sm_100")  # targets that run shipped_for_roomy()
+TENSOR_MEMORY = ("sm_90", "sm_100")  # targets that run shipped_with_tensor_memory()
 WORKERS = 2
 
 # Bytes a thread. A row or batch kernel that spills has lost its point: one register, kept aside once around a call of the
@@ -49,8 +51,13 @@ WORKERS = 2
 # register: all seven methods on 4096 rows spill 264 bytes, once a batch, with 8 warps and with 16.
 ONE_REGISTER = 8
 FLOAT64_SPILL = 304 if TRITON_VERSION < (3, 7) else 288  # triton 3.6 spills two registers more
-SPILL_LIMITS = {"fp64": FLOAT64_SPILL, "all": 64, "every": 64}  # by word of a configuration's name
+# The matrix tiles of `linear` may spill around the sums that they add once a block of classes, never in the product's loop: most
+# the wide one on Blackwell, whose accumulators come from memory of their own, for triton 3.6.
+WIDE_SPILL = 640 if TRITON_VERSION < (3, 7) else 128
+# by word of a configuration's name
+SPILL_LIMITS = {"fp64": FLOAT64_SPILL, "all": 64, "every": 64, "wide": WIDE_SPILL, "square": 96, "small": 96}
 SHARED_LIMIT = 64 * 1024  # every target has this much a program, on AMD exactly
+SHARED_LIMITS = {"roomy": grad_norms.ROOMY_SHARED, "tensor": linear.WIDE_SHARED}  # by the last word of the name
 
 Position = tuple[str, int, int]  # file, line, column
 Job = tuple[str, str, str]  # family, target, name of the configuration
@@ -66,7 +73,7 @@ class Report:
     spilled: int  # bytes a thread of local memory
     shared: int  # bytes a program
     loads: tuple[int, ...]  # bits of each load of the streamed block, and of what else a loop around one loads
-    spills_in_loop: bool  # whether local memory is touched in a loop that loads the streamed block
+    spills_in_loop: bool  # whether local memory is touched in a loop that loads the streamed block, or that multiplies
 
     @property
     def load_bits(self) -> int:
@@ -86,6 +93,8 @@ def shipped(family: str, target: str) -> tuple[Compilation, ...]:
         found = list(module.shipped())
         if target in ROOMY and hasattr(module, "shipped_for_roomy"):
             found += module.shipped_for_roomy()
+        if target in TENSOR_MEMORY and hasattr(module, "shipped_with_tensor_memory"):
+            found += module.shipped_with_tensor_memory()
     finally:
         for each, before in sized.items():
             each.WARP_SIZE = before
@@ -123,28 +132,15 @@ def every_job(family: str) -> list[Job]:
 
 
 def cover(family: str) -> list[Job]:
-    """What benchmarks/compiled.json holds: a quarter of all.
+    """What `make test` has the time for: a quarter of all.
 
     Every float32 and bfloat16 configuration for Hopper; the heaviest of each kernel of float16, which is bfloat16's code
-    but for the conversion, and of float64; and the heaviest of each kernel of both types for the other targets.
+    but for the conversion, and of float64; and the heaviest of each kernel for the other targets, on AMD of both types.
     """
-    chosen = {target: heaviest(family, target, MAIN_TYPES) for target in TARGETS}
+    chosen = {target: heaviest(family, target, MAIN_TYPES, each_type=target == "gfx942") for target in TARGETS}
     chosen[MAIN_TARGET] = heaviest(family, MAIN_TARGET, OTHER_TYPES)
     chosen[MAIN_TARGET] |= {e.name for e in shipped(family, MAIN_TARGET) if input_type(e) in MAIN_TYPES}
     return [job for job in every_job(family) if job[2] in chosen[job[1]]]
-
-
-def sample(family: str) -> list[Job]:
-    """What `make test` has the time to compile again: of the cover, the heaviest of each kernel of one type for Hopper, and
-    one for each other target, another kernel for each."""
-    chosen = [
-        (family, MAIN_TARGET, name) for name in sorted(heaviest(family, MAIN_TARGET, MAIN_TYPES, each_type=False))
-    ]
-    for i, target in enumerate(TARGETS):
-        names = sorted(heaviest(family, target, MAIN_TYPES, each_type=False))
-        if target != MAIN_TARGET:
-            chosen.append((family, target, names[i % len(names)]))
-    return chosen
 
 
 def compile_jobs(jobs: Sequence[Job], cache: str | None = None) -> Iterator[Report]:
@@ -172,7 +168,7 @@ def spill_limit(name: str) -> int:
 
 def faults(entry: Compilation, report: Report) -> list[str]:
     """What of the configuration's compiled code is not as it must be: a line each."""
-    shared_limit = grad_norms.ROOMY_SHARED if entry.name.endswith("-roomy") else SHARED_LIMIT
+    shared_limit = SHARED_LIMITS.get(entry.name.split("-")[-1], SHARED_LIMIT)
     found = []
     if report.spilled > spill_limit(entry.name):
         found.append(f"spills {report.spilled} bytes a thread")
@@ -196,7 +192,9 @@ def _forget(modules: Any) -> None:
 def source(entry: Compilation) -> ASTSource:
     """The source a real launch would compile: the same constants, types and divisibility."""
     names = entry.kernel.arg_names
-    missing = (set(entry.pointers) | set(entry.constexprs) | set(entry.ones) | set(entry.multiples)) - set(names)
+    missing = (
+        set(entry.pointers) | set(entry.descriptors) | set(entry.constexprs) | set(entry.ones) | set(entry.multiples)
+    ) - set(names)
     if missing:
         raise ValueError(f"{entry.name}: no such arguments {sorted(missing)}")
     signature, constants, attributes = {}, {}, {}
@@ -206,6 +204,8 @@ def source(entry: Compilation) -> ASTSource:
             constants[name] = entry.constexprs.get(name, 1)
         elif name in entry.pointers:
             signature[name] = "*" + entry.pointers[name]
+        elif name in entry.descriptors:
+            signature[name] = f"tensordesc<{entry.descriptors[name]}>"
         else:
             signature[name] = "i64" if name == "seed" or name.endswith("_bits") else "i32"
         if name in entry.pointers or name in entry.multiples:
@@ -213,12 +213,9 @@ def source(entry: Compilation) -> ASTSource:
     return ASTSource(entry.kernel, signature, constants, attributes)
 
 
-def options(entry: Compilation) -> dict[str, Any]:
-    return {"num_warps": entry.num_warps, "enable_fp_fusion": True}
-
-
 def compile_for(entry: Compilation, target: str) -> Report:
-    compiled = triton.compile(source(entry), target=TARGETS[target], options=options(entry))
+    options = {"num_warps": entry.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source(entry), target=TARGETS[target], options=options)
     streamed = streamed_positions(compiled.asm["ttir"], entry.kernel.arg_names[0])
     shared = compiled.metadata.shared
     if target == "gfx942":
@@ -235,7 +232,8 @@ def compile_for(entry: Compilation, target: str) -> Report:
         usage = _found(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
         registers, spilled = int(usage[1]), int(usage[2]) + int(usage[3])  # a stack frame holds the spills
         loads, _ = streaming_loads(compiled.asm["ptx"], streamed)
-        in_loop = spilled > 0 and bool(loads) and _touches_local_in_loop(_tool("nvdisasm", "-c", cubin))
+        sass = _tool("nvdisasm", "-c", cubin) if spilled > 0 else ""
+        in_loop = (bool(loads) and _touches_local_in_loop(sass)) or _touches_local_in_product(sass)
     return Report(entry.name, target, registers, spilled, shared, loads, in_loop)
 
 
@@ -361,6 +359,18 @@ def loops(lines: Sequence[str]) -> list[range]:
         if branch and branch[1] in labels:
             found.append(range(labels[branch[1]], i + 1))
     return found
+
+
+def _touches_local_in_product(sass: str) -> bool:
+    """Whether an innermost loop of matrix instructions loads from or stores to local memory."""
+    lines = sass.splitlines()
+    spans = loops(lines)
+    for span in spans:
+        body = [lines[i] for i in span]
+        inner = any(other != span and other.start in span and other[-1] in span for other in spans)
+        if not inner and any("MMA" in line for line in body) and any(re.search(r"\b(?:LDL|STL)\b", x) for x in body):
+            return True
+    return False
 
 
 def _touches_local_in_loop(sass: str) -> bool:

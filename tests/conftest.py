@@ -13,7 +13,12 @@ import torch
 # the interpreted Triton tests without TRITON_INTERPRET=1 (`make test` runs them in a process of their own).
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore += ["test_triton_kernels.py", "test_triton_grad_norms.py", "linear/test_triton_losses.py"]
+    collect_ignore += [
+        "test_triton_kernels.py",
+        "test_triton_grad_norms.py",
+        "linear/test_triton_losses.py",
+        "linear/test_triton_linear.py",
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +35,6 @@ def poisoned_memory():
 def clean_environment(monkeypatch):
     for variable in ("ADASELECT_IMPL", "ADASELECT_DEBUG"):
         monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Of tiny tensors: threads that wait for each other would be most of the time on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,7 +11,13 @@ from torch import nn
 from adaselect_kernels import boundary
 from adaselect_kernels.boundary import boundary_distances, last_linear, logit_margins, pairwise_weight_norms
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def brute_force(logits, weight, targets=None):

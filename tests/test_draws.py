@@ -19,7 +19,13 @@ from adaselect_kernels.draws import (
 )
 from tests import noise
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def fresh_seed(generator):

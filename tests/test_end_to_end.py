@@ -36,7 +36,12 @@ TINY = Settings(width=1, batch=8, size=8, gammas=(0.4,), pool=3)  # k = 3: updat
 GAMMA = 0.4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rig(mode: str = "eager", dtype: str = "float32", settings: Settings = TINY) -> Rig:

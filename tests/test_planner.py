@@ -19,7 +19,13 @@ from adaselect_kernels.samplers import get_sampler
 from adaselect_kernels.training import get_scorer, planner, scorers
 from adaselect_kernels.training.planner import Plan, PlanWarning, plan
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def given(**changes):

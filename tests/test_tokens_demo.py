@@ -26,7 +26,12 @@ TINY = {"batch": 2, "context": 8, "width": 8, "heads": 2, "words": 300, "turns":
 LABELS = [variant.label for variant in VARIANTS]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

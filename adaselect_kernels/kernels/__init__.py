@@ -10,6 +10,12 @@ from adaselect_kernels.kernels.grad_norms import (
     linear_grad_sq_norms,
     linear_grads_and_sq_norms,
 )
+from adaselect_kernels.kernels.linear import (
+    combine_partials,
+    fused_linear_select,
+    linear_partials,
+    linear_per_sample_stats,
+)
 from adaselect_kernels.kernels.losses import cross_entropy_backward, linear_loss_backward
 from adaselect_kernels.kernels.row_stats import per_sample_stats
 from adaselect_kernels.kernels.select import select_mask, select_topk
@@ -18,13 +24,17 @@ __all__ = [
     "affine_grad_sq_norms",
     "bank_select",
     "batch_scores",
+    "combine_partials",
     "conv_grad_sq_norms",
     "cross_entropy_backward",
     "embedding_grad_sq_norms",
+    "fused_linear_select",
     "fused_select",
     "linear_grad_sq_norms",
     "linear_grads_and_sq_norms",
     "linear_loss_backward",
+    "linear_partials",
+    "linear_per_sample_stats",
     "per_sample_stats",
     "select_from_losses",
     "select_mask",

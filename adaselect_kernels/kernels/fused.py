@@ -94,7 +94,7 @@ def _single_launch(
     config = tile_config(classes, layout.vec, dtype.itemsize, num_warps)
     by_score = order == "score" and k > 1
     ranked = by_score and n <= ALL_ROWS_RANKED.value
-    _, want = stats_code((_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,), label_smoothing)
+    _, want = stats_code(wanted_stats(plan), label_smoothing)
     constants = {
         "WANT": want, **config._asdict(), "HAS_GRAD": plan.has_grad, **plan.flags, "SELECT": True, "BY_SCORE": ranked,
         "COPY_LOSSES": dtype == torch.float64, "BLOCK": block,
@@ -114,9 +114,8 @@ def fused_select(
         plan, k, unit, order, ignore_index, label_smoothing,
     )  # fmt: skip
     if single is None:
-        return _launches_in_turn(
-            logits, targets, state, plan, k, unit, order, ignore_index, label_smoothing, seed, options
-        )
+        stats = row_stats(logits, targets, wanted_stats(plan), ignore_index, label_smoothing)
+        return select_from_stats(stats, targets, state, plan, k, unit, order, ignore_index, seed, options)
     n, device = single.n, logits.device
     scores = torch.empty(n, dtype=torch.float32, device=device)
     out_losses = torch.empty_like(scores)
@@ -135,21 +134,25 @@ def fused_select(
     return indices, scores, out_losses, n_valid
 
 
-def _launches_in_turn(
-    logits, targets, state, plan: Plan, k, unit, order, ignore_index, label_smoothing, seed, options
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wanted = (_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,)
-    per_row = logits.dim() == 2 or unit == "token"
-    n = targets.numel() if per_row else targets.shape[0]
-    if per_row:
-        stats = row_stats(logits, targets, wanted, ignore_index, label_smoothing)
-        valid, invalid_value = targets, ignore_index
+def wanted_stats(plan: Plan) -> tuple[int, ...]:
+    """The statistics a selection reads."""
+    return (_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,)
+
+
+def select_from_stats(
+    per_position: Tensor, targets: Tensor, state: Tensor | None, plan: Plan, k: int, unit: str, order: str,
+    ignore_index: int, seed: int, options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The batch stage and the choice, from the statistics `wanted_stats` of every position [S, positions]."""
+    if targets.dim() == 1 or unit == "token":
+        stats, valid, invalid_value = per_position, targets, ignore_index
     else:
-        valid, invalid_value = torch.empty(n, dtype=torch.uint8, device=logits.device), 0
-        stats = mean_over_positions(logits, targets, wanted, ignore_index, label_smoothing, valid)
+        valid, invalid_value = torch.empty(targets.shape[0], dtype=torch.uint8, device=targets.device), 0
+        stats = mean_over_positions(per_position, targets, wanted_stats(plan), ignore_index, valid)
     losses = stats[0]
     rows = Rows(losses, stats[1] if plan.has_grad else None, valid, invalid_value)
-    out_losses = torch.empty(n, dtype=torch.float32, device=logits.device) if losses.dtype == torch.float64 else None
+    double = losses.dtype == torch.float64
+    out_losses = torch.empty(losses.shape[0], dtype=torch.float32, device=losses.device) if double else None
     scores, n_valid, indices = score_rows(rows, state, plan.methods, k, order, seed, options, out_losses)
     assert indices is not None
     return indices, scores, losses if out_losses is None else out_losses, n_valid
@@ -173,7 +176,7 @@ def shipped() -> Iterator[Compilation]:
                 continue  # the same code as bfloat16's, and a rare type: the middle ones stand for the others
             plan = SHIPPED_PLANS[name]
             num_warps = block_warps(n)
-            _, want = stats_code((_LOSS, _GRAD_NORM) if plan.has_grad else (_LOSS,), 0.0)
+            _, want = stats_code(wanted_stats(plan), 0.0)
             yield Compilation(
                 f"fused-{pointee}-{name}-C{classes}-N{n}", fused_kernel, pointers,
                 {

@@ -568,7 +568,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _precision(tensor: Tensor) -> str:
+def precision(tensor: Tensor) -> str:
     exact = tensor.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if exact else "tf32"
 
@@ -620,7 +620,7 @@ def _direct(layer: Layer, partials: Tensor, weight: Tensor | None, splits: int) 
     config, num_warps, tiles = _tiling(layer)
     write = weight is not None
     constants = (
-        layer.layout | {"WRITE": write, "PRECISION": _precision(layer.grads)} | config._asdict() | {"FLATTEN": write}
+        layer.layout | {"WRITE": write, "PRECISION": precision(layer.grads)} | config._asdict() | {"FLATTEN": write}
     )
     _launch(
         direct_kernel, (tiles * splits, layer.groups),
@@ -633,7 +633,7 @@ def _gram(layer: Layer, bias: bool) -> Tensor:
     config, num_warps = gram_config(layer.positions, layer.grads.element_size(), layer.dims > 0)
     pairs = _pairs(layer.positions, config.BLOCK_T)
     partials = _partials(layer.grads, layer.groups * pairs)
-    constants = layer.layout | {"BIAS": bias, "PRECISION": _precision(layer.grads)} | config._asdict()
+    constants = layer.layout | {"BIAS": bias, "PRECISION": precision(layer.grads)} | config._asdict()
     _launch(
         gram_kernel, (layer.samples * pairs, layer.groups), (layer.activations, layer.grads, partials),
         (pairs, partials.stride(0), *layer.arguments), constants, num_warps,

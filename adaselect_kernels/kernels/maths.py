@@ -54,12 +54,17 @@ def log1p(x):
 def tanh(x):
     """tanh x to a few roundings of its own dtype, relative to the result also near 0."""
     square = x * x
-    # Lambert's continued fraction to its seventh term: below 1/2 it is off by 2^-52 of the result at most
-    small = x * (((square + 378.0) * square + 17325.0) * square + 135135.0)
-    small = small / (((28.0 * square + 3150.0) * square + 62370.0) * square + 135135.0)
+    # x less what Lambert's continued fraction to its seventh term says: below 1/2 it is off by 2^-52 of the result at most
+    rest = ((27.0 * square + 2772.0) * square + 45045.0) * square
+    rest = rest / (((28.0 * square + 3150.0) * square + 62370.0) * square + 135135.0)
+    small = x - x * rest
     t = exponential(-2.0 * tl.abs(x))
-    large = (1.0 - t) / (1.0 + t)
-    return tl.where(tl.abs(x) < 0.5, small, tl.where(x < 0, -large, large))
+    large = 1.0 - 2.0 * t / (1.0 + t)
+    if x.dtype == tl.float64:
+        near = tl.abs(x) < 0.5
+    else:
+        near = tl.abs(x) < 1.0  # there the fraction is off by 2^-38, and the other form by up to two roundings
+    return tl.where(near, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit

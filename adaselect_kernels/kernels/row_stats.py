@@ -74,19 +74,34 @@ def over_columns(x):
 
 
 @triton.jit
+def beside(x, tile):
+    """[B] as a block that broadcasts along the rows of a tile, with registers or [B, W]."""
+    if len(tile.shape) == 2:
+        return x[:, None]
+    else:
+        return over_rows(x)
+
+
+@triton.jit
 def tile_sum(x):
-    """Sum over the registers, then the columns: [B]."""
-    return tl.sum(tl.sum(x, axis=1 - ROWS_AXIS), axis=1)
+    """Sum over the registers, then the columns: [B]; of [B, W] over its columns."""
+    if len(x.shape) == 3:
+        x = tl.sum(x, axis=1 - ROWS_AXIS)
+    return tl.sum(x, axis=1)
 
 
 @triton.jit
 def tile_max(x):
-    return tl.max(tl.max(x, axis=1 - ROWS_AXIS), axis=1)
+    if len(x.shape) == 3:
+        x = tl.max(x, axis=1 - ROWS_AXIS)
+    return tl.max(x, axis=1)
 
 
 @triton.jit
 def tile_min(x):
-    return tl.min(tl.min(x, axis=1 - ROWS_AXIS), axis=1)
+    if len(x.shape) == 3:
+        x = tl.min(x, axis=1 - ROWS_AXIS)
+    return tl.min(x, axis=1)
 
 
 @triton.jit
@@ -114,6 +129,33 @@ def rescale_to(m, top):
 
 
 @triton.jit
+def accumulate_sums(m, s1, s2, ex, second, z, cols, WANT: tl.constexpr):
+    """Add the block z ([R, B, W] or [B, W]; -inf where no column counts) to the largest, sums and second largest [B]."""
+    block_m = tile_max(z)
+    top = tl.maximum(m, block_m)
+    if NEEDS_SECOND & WANT:
+        # second largest, with multiplicity: strike out the first column that reaches the block's maximum
+        first = tile_min(tl.where(z == beside(block_m, z), cols, NO_COLUMN))
+        rest = tl.where(cols == beside(first, z), float("-inf"), z)
+        block_second = tile_max(rest)
+        second = tl.maximum(tl.minimum(m, block_m), tl.maximum(second, block_second))
+
+    # e_j = exp(z_j - m'), 0 in a block of only -inf
+    x = z - beside(tl.where(top == float("-inf"), 0.0, top), z)
+    e = exponential(x)
+    delta = rescale_to(m, top)
+    scale = exponential(delta)
+    if NEEDS_ENTROPY & WANT:
+        # sum e x, relative to the new maximum: e (x + delta); 0 * -inf counts 0
+        block_ex = tile_sum(tl.where(e == 0.0, 0.0, e * x))
+        ex = scale * (ex + s1 * delta) + block_ex
+    s1 = s1 * scale + tile_sum(e)
+    if NEEDS_SQUARES & WANT:
+        s2 = s2 * (scale * scale) + tile_sum(e * e)
+    return top, s1, s2, ex, second
+
+
+@triton.jit
 def accumulate(
     m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y, EXCLUDE: tl.constexpr, WANT: tl.constexpr
 ):
@@ -129,38 +171,20 @@ def accumulate(
     if EXCLUDE:
         z = tl.where(cols == y, float("-inf"), z)
 
-    block_m = tile_max(z)
-    top = tl.maximum(m, block_m)
-    if NEEDS_SECOND & WANT:
-        # second largest, with multiplicity: strike out the first column that reaches the block's maximum
-        first = tile_min(tl.where(z == over_rows(block_m), cols, NO_COLUMN))
-        rest = tl.where(cols == over_rows(first), float("-inf"), z)
-        block_second = tile_max(rest)
-        second = tl.maximum(tl.minimum(m, block_m), tl.maximum(second, block_second))
-
-    # e_j = exp(z_j - m'), 0 in a block of only -inf
-    x = z - over_rows(tl.where(top == float("-inf"), 0.0, top))
-    e = exponential(x)
-    delta = rescale_to(m, top)
-    scale = exponential(delta)
-    if NEEDS_ENTROPY & WANT:
-        # sum e x, relative to the new maximum: e (x + delta); 0 * -inf counts 0
-        block_ex = tile_sum(tl.where(e == 0.0, 0.0, e * x))
-        ex = scale * (ex + s1 * delta) + block_ex
-    s1 = s1 * scale + tile_sum(e)
-    if NEEDS_SQUARES & WANT:
-        s2 = s2 * (scale * scale) + tile_sum(e * e)
+    top, s1, s2, ex, second = accumulate_sums(m, s1, s2, ex, second, z, cols, WANT)
     return top, s1, s2, ex, second, beaten, nan, zsum
 
 
 @triton.jit
 def reduce_partials(m, s1, s2, ex, second, beaten, nan, zsum, WANT: tl.constexpr):
-    """Partials of L disjoint sets of columns [L] -> of their union, a scalar each, in a fixed order."""
+    """Partials of L disjoint sets of columns, [L] or [L, B] -> of their union, a scalar or [B] each, in a fixed order."""
     top = tl.max(m, axis=0)
     delta = rescale_to(m, top)
     scale = exponential_precise(delta)
     if NEEDS_SECOND & WANT:
         lane = tl.arange(0, m.shape[0])
+        if len(m.shape) == 2:
+            lane = lane[:, None]
         winner = tl.min(tl.where(m == top, lane, NO_COLUMN), axis=0)
         second = tl.max(tl.where(lane == winner, second, m), axis=0)
     else:
@@ -629,25 +653,25 @@ def row_stats(
 def per_sample_stats(
     logits: Tensor, targets: Tensor, stats: Sequence[int], unit: str, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    if logits.dim() == 2 or unit == "token":
-        return row_stats(logits, targets, stats, ignore_index, label_smoothing)
-    return mean_over_positions(logits, targets, stats, ignore_index, label_smoothing, None)
+    per_position = row_stats(logits, targets, stats, ignore_index, label_smoothing)
+    return of_unit(per_position, targets, stats, unit, ignore_index)
+
+
+def of_unit(per_position: Tensor, targets: Tensor, stats: Sequence[int], unit: str, ignore_index: int) -> Tensor:
+    """What a unit's samples get from the statistics of every position: themselves, or means."""
+    if targets.dim() == 1 or unit == "token":
+        return per_position
+    return mean_over_positions(per_position, targets, stats, ignore_index, None)
 
 
 def mean_over_positions(
-    logits: Tensor,
-    targets: Tensor,
-    stats: Sequence[int],
-    ignore_index: int,
-    label_smoothing: float,
-    valid: Tensor | None,
+    per_position: Tensor, targets: Tensor, stats: Sequence[int], ignore_index: int, valid: Tensor | None
 ) -> Tensor:
-    """[S, N] of [N, T, C] logits; `valid` [N] uint8 receives whether a sample has a position that is not ignored."""
-    per_position = row_stats(logits, targets, stats, ignore_index, label_smoothing)
+    """[S, N] from [S, N * T]; `valid` [N] uint8 receives whether a sample has a position that is not ignored."""
     n, positions = targets.shape
-    out = torch.empty((len(stats), n), dtype=per_position.dtype, device=logits.device)
+    out = torch.empty((len(stats), n), dtype=per_position.dtype, device=targets.device)
     launch = _mean_launch(n, positions, targets.stride(), ignore_index, tuple(stats), valid is not None)
-    with launch_device(logits):
+    with launch_device(targets):
         launch(per_position, targets, out, out if valid is None else valid)
     return out
 

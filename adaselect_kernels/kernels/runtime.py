@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache, reduce
 from operator import or_
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ class Compilation(NamedTuple):
     ones: tuple[str, ...] = ()  # integers that are 1, which Triton turns into constants
     multiples: tuple[str, ...] = ()  # integers that are multiples of 16, which Triton specialises on
     load_bits: int = 0  # the widest global load it must have, where that is what makes it fast
+    descriptors: Mapping[str, str] = MappingProxyType({})  # of tensor descriptors: type and block, "bf16[128, 64]"
 
 
 # Versions whose compiled kernels were seen to be called alike, on NVIDIA (on AMD Triton also specialises on the size of a
@@ -47,9 +49,10 @@ class Launch:
     with tensors of the same types on the same devices go straight to the kernel it compiled. That is right because all that
     Triton specialises on is fixed (every integer, every constant) or looked at: a tensor that is not 16-byte aligned, or a
     profiler's hook, takes Triton's dispatch. The launch is on the tensors' device, which must be current.
+    `direct` False: every call takes Triton's dispatch, which is what turns a tensor descriptor into what a kernel is given.
     """
 
-    __slots__ = ("_compiled", "_n_options", "_tail", "constants", "grid", "integers", "kernel", "num_warps")
+    __slots__ = ("_compiled", "_n_options", "_tail", "constants", "direct", "grid", "integers", "kernel", "num_warps")
 
     def __init__(
         self,
@@ -58,8 +61,10 @@ class Launch:
         integers: tuple[int, ...],
         constants: Mapping[str, Any],
         num_warps: int,
+        direct: bool = True,
     ) -> None:
         self.kernel, self.integers, self.constants, self.num_warps = kernel, integers, dict(constants), num_warps
+        self.direct = direct
         self.grid = grid + (1,) * (3 - len(grid))
         self._tail = tuple(self.constants[name] for name in kernel.arg_names[-len(self.constants) :])
         self._compiled: dict[Any, tuple[Any, Any, Any, Any]] = {}
@@ -69,8 +74,8 @@ class Launch:
             raise TypeError(f"{kernel.fn.__name__} specialises on an option: {[option.name for option in options]}")
         self._n_options = len(options)
 
-    def __call__(self, *tensors: Tensor, options: tuple[int, ...] = ()) -> None:
-        if not DIRECT:
+    def __call__(self, *tensors: Any, options: tuple[int, ...] = ()) -> None:
+        if not DIRECT or not self.direct:
             self._dispatch(tensors, options)
             return
         devices = [tensor.get_device() for tensor in tensors]
@@ -88,7 +93,7 @@ class Launch:
             # the kernel too: it unloads its function when nothing holds it any more
             self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
 
-    def _dispatch(self, tensors: tuple[Tensor, ...], options: tuple[int, ...]) -> Any:
+    def _dispatch(self, tensors: tuple[Any, ...], options: tuple[int, ...]) -> Any:
         return self.kernel[self.grid](
             *tensors, *self.integers, *options, **self.constants, num_warps=self.num_warps, enable_fp_fusion=True
         )

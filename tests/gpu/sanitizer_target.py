@@ -13,8 +13,10 @@ from adaselect_kernels import (
     AdaSelectionOptions,
     AdaSelectionState,
     dispatch,
+    fused_linear_select,
     fused_select,
     get_policy,
+    linear_per_sample_stats,
     per_sample_stats,
     select_from_losses,
     select_topk,
@@ -91,7 +93,38 @@ def paths(device: torch.device) -> dict[str, Callable[[], Any]]:
         "losses, in turn": losses(5003, OURS),
         "losses, method losses of the selected": losses(5003, SELECTED),
     }
-    return found | _losses(device) | _gradient_norms(device)
+    return found | _linear(device) | _losses(device) | _gradient_norms(device)
+
+
+def _linear(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Scoring from hidden states: through descriptors where rows are at multiples of 16 bytes, else through pointers."""
+
+    def operands(n: int, classes: int, features: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        targets = torch.randint(classes, (n,), device=device)
+        targets[::3] = -100
+        hidden, weight = (torch.randn(rows, features, device=device).to(dtype) for rows in (n, classes))
+        return hidden, weight, targets, torch.randn(classes, device=device).to(dtype)
+
+    def stats(n: int, classes: int, features: int, dtype: torch.dtype, names: tuple[str, ...]) -> Callable[[], Any]:
+        hidden, weight, targets, bias = operands(n, classes, features, dtype)
+        return lambda: linear_per_sample_stats(
+            hidden, weight, targets, bias=bias, softcap=5.0, stats=names, label_smoothing=0.1, impl="triton"
+        )
+
+    def select(n: int, classes: int, features: int, dtype: torch.dtype, **keywords: Any) -> Callable[[], Any]:
+        hidden, weight, targets, bias = operands(n, classes, features, dtype)
+        return lambda: fused_linear_select(
+            hidden, weight, targets, 0.3, bias=bias, methods=METHODS, impl="triton", **keywords
+        )
+
+    return {
+        "hidden states, selection": select(301, 1003, 72, torch.bfloat16),
+        "hidden states, selection, a stride": select(301, 1003, 72, torch.bfloat16, vocab_stride=3),
+        "hidden states, off the boundary": select(61, 5003, 37, torch.bfloat16),
+        "hidden states, every statistic": stats(301, 1003, 72, torch.bfloat16, STATS),
+        "hidden states, float32": stats(131, 301, 37, torch.float32, STATS),
+        "hidden states, float64": stats(67, 101, 37, torch.float64, STATS),
+    }
 
 
 def _losses(device: torch.device) -> dict[str, Callable[[], Any]]:

@@ -7,7 +7,13 @@ from torch import nn
 
 from adaselect_kernels.models import resnet18, slimmable_resnet18, use_width
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def randomise(model, generator):

@@ -24,7 +24,10 @@ EXPERIMENT = dataclasses.replace(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+@pytest.fixture(autouse=True)
+def one_thread():
+    with runner.one_thread():
+        yield
 
 
 def classes(rows=300, held_out=40, **shape) -> Data:

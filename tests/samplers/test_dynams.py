@@ -19,7 +19,13 @@ from adaselect_kernels.samplers.dynams import DynaMS, keep_ratios
 from adaselect_kernels.training import score
 from adaselect_kernels.training.scorers import get_scorer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---- schedules

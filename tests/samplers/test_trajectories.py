@@ -10,7 +10,12 @@ from tests.samplers.regression import NumpyModel, TorchModel, problem
 STEPS, CLASSES, COLUMNS = 200, 3, 5
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def trained(sampler, x, y, model, after=None):
