@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What is not imported need not be compiled to bytecode: most of torch, SciPy and SymPy.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 TOOLS := triton pytest pytest-benchmark pytest-timeout pytest-xdist hypothesis ruff clang-format 'pyright[nodejs]'
 GROUPS ?=

@@ -111,10 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "static":
         from benchmarks import static  # needs Triton
 
-        if args.predictions:
-            static.write_predictions()
-            return 0
-        faults = static.write()
+        faults = static.write(recompile=not args.predictions)
         print("\n".join(faults))
         return int(bool(faults))
     wanted = getattr(args, "device", "auto")

@@ -132,15 +132,28 @@ def every_job(family: str) -> list[Job]:
 
 
 def cover(family: str) -> list[Job]:
-    """What `make test` has the time for: a quarter of all.
+    """What benchmarks/compiled.json holds: a quarter of all.
 
     Every float32 and bfloat16 configuration for Hopper; the heaviest of each kernel of float16, which is bfloat16's code
-    but for the conversion, and of float64; and the heaviest of each kernel for the other targets, on AMD of both types.
+    but for the conversion, and of float64; and the heaviest of each kernel of both types for the other targets.
     """
-    chosen = {target: heaviest(family, target, MAIN_TYPES, each_type=target == "gfx942") for target in TARGETS}
+    chosen = {target: heaviest(family, target, MAIN_TYPES) for target in TARGETS}
     chosen[MAIN_TARGET] = heaviest(family, MAIN_TARGET, OTHER_TYPES)
     chosen[MAIN_TARGET] |= {e.name for e in shipped(family, MAIN_TARGET) if input_type(e) in MAIN_TYPES}
     return [job for job in every_job(family) if job[2] in chosen[job[1]]]
+
+
+def sample(family: str) -> list[Job]:
+    """What `make test` has the time to compile again: of the cover, the heaviest of each kernel of one type for Hopper, and
+    one for each other target, another kernel for each."""
+    chosen = [
+        (family, MAIN_TARGET, name) for name in sorted(heaviest(family, MAIN_TARGET, MAIN_TYPES, each_type=False))
+    ]
+    for i, target in enumerate(TARGETS):
+        names = sorted(heaviest(family, target, MAIN_TYPES, each_type=False))
+        if target != MAIN_TARGET:
+            chosen.append((family, target, names[i % len(names)]))
+    return chosen
 
 
 def compile_jobs(jobs: Sequence[Job], cache: str | None = None) -> Iterator[Report]:
@@ -213,9 +226,12 @@ def source(entry: Compilation) -> ASTSource:
     return ASTSource(entry.kernel, signature, constants, attributes)
 
 
+def options(entry: Compilation) -> dict[str, Any]:
+    return {"num_warps": entry.num_warps, "enable_fp_fusion": True}
+
+
 def compile_for(entry: Compilation, target: str) -> Report:
-    options = {"num_warps": entry.num_warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source(entry), target=TARGETS[target], options=options)
+    compiled = triton.compile(source(entry), target=TARGETS[target], options=options(entry))
     streamed = streamed_positions(compiled.asm["ttir"], entry.kernel.arg_names[0])
     shared = compiled.metadata.shared
     if target == "gfx942":

@@ -4,9 +4,7 @@ Nothing of it is measured: the registers, spills and load widths are read from c
 a stand-in for a GPU's driver, the bytes are those of the tensors each launch is given.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from adaselect_kernels import AdaSelectionState, fused_select, per_sample_stats, select_topk
 from adaselect_kernels.kernels import runtime
 from adaselect_kernels.kernels.runtime import Compilation
-from benchmarks import aot, records
+from benchmarks import aot, compiled, records
 from benchmarks.launches import Launch, record
 from benchmarks.markdown import table
 from benchmarks.micro import GROUPS
@@ -60,8 +58,9 @@ COMPILED = """## Compiled code
 Registers a thread on each target, with the bytes of local memory a thread where the compiler spills; shared memory, the
 most of any target, in bytes a program. *asked* is the width in bits that every load of the streamed block must have,
 *loads* the narrowest such load on any target. *resident* is how many threads of an sm_90 multiprocessor (of 2048) can be
-resident, and what bounds them. These are the configurations that `make test` compiles and checks: every one of float32 and
-bfloat16 for sm_90, and the heaviest of each kernel for the other types and targets; a target that is left out is blank.
+resident, and what bounds them. Listed is every configuration of float32 and bfloat16 for sm_90, and the heaviest of each
+kernel for the other types and targets; a target that is left out is blank. `make test` compiles some of them again, and
+checks that all were compiled from the kernels as they are: `benchmarks/compiled.json` has a fingerprint of each.
 """
 
 
@@ -211,7 +210,7 @@ def _row(entry: Compilation, found: Mapping[str, aot.Report]) -> list[str]:
 COMPILED_HEAD = ("configuration", "warps", "asked", "loads", "shared", *aot.TARGETS, "resident")
 
 
-def compiled(reports: Mapping[aot.Job, aot.Report]) -> str:
+def code_section(reports: Mapping[aot.Job, aot.Report]) -> str:
     """The section of compiled code: a table a family."""
     parts = [COMPILED]
     for family in aot.FAMILIES:
@@ -226,19 +225,12 @@ def compiled(reports: Mapping[aot.Job, aot.Report]) -> str:
     return "\n".join(parts)
 
 
-def write_predictions(page: Path = PAGE) -> None:
-    """Write the predictions anew into a page whose compiled code is still that of today."""
-    _, code = page.read_text().split(COMPILED)
-    page.write_text("\n".join([INTRODUCTION, predictions(), COMPILED + code]))
+def text(reports: Mapping[aot.Job, aot.Report]) -> str:
+    return "\n".join([INTRODUCTION, predictions(), code_section(reports)]).rstrip() + "\n"
 
 
-def write(page: Path = PAGE) -> list[str]:
-    """Compile what `make test` compiles and write the page; returns what is not as it must be."""
-    jobs = [job for family in aot.FAMILIES for job in aot.cover(family)]
-    reports: dict[aot.Job, aot.Report] = {}
-    for job, report in zip(jobs, aot.compile_jobs(jobs), strict=True):
-        reports[job] = report
-        if len(reports) % 50 == 0:
-            print(f"{len(reports)} of {len(jobs)} compiled", file=sys.stderr, flush=True)
-    page.write_text("\n".join([INTRODUCTION, predictions(), compiled(reports)]).rstrip() + "\n")
+def write(*, recompile: bool = True) -> list[str]:
+    """Compile what changed, unless told not to, and write the page; returns what is not as it must be."""
+    reports = compiled.refresh() if recompile else compiled.read().reports()
+    PAGE.write_text(text(reports))
     return [fault for job, report in reports.items() for fault in aot.faults(aot.find(job), report)]

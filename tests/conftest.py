@@ -37,6 +37,15 @@ def clean_environment(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of tiny tensors: threads that wait for each other would be most of the time on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def generator(request) -> torch.Generator:
     """Fresh random inputs every run; ADASELECT_TEST_SEED repeats one. The seed is shown when the test fails."""

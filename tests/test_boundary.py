@@ -11,13 +11,7 @@ from torch import nn
 from adaselect_kernels import boundary
 from adaselect_kernels.boundary import boundary_distances, last_linear, logit_margins, pairwise_weight_norms
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def brute_force(logits, weight, targets=None):

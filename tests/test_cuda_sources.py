@@ -4,6 +4,7 @@ The functions that a thread runs are compiled for the host too, and run there on
 """
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -93,34 +94,26 @@ def test_the_registering_layer_compiles_against_this_torch():
 # --- Triton's asynchronous copies -------------------------------------------------------------------------------------
 
 
-def copied_bytes(entry, tmp_path) -> set[int]:
+def copied_bytes(name: str, cache: Path, monkeypatch) -> set[int]:
     """Sizes of the asynchronous copies from global to shared memory of a kernel compiled for Hopper, in a fresh cache."""
-    program = f"""
-import re
-from adaselect_kernels.kernels import grad_norms
-from benchmarks import aot
-entry = next(e for e in aot.shipped("grad_norms", "sm_90") if e.name == {entry!r})
-source = aot.source(entry)
-options = {{"num_warps": entry.num_warps, "enable_fp_fusion": True}}
-ptx = aot.triton.compile(source, target=aot.TARGETS["sm_90"], options=options).asm["ptx"]
-print({{int(size, 16) for size in re.findall(r"cp\\.async\\.c\\w\\.shared\\.global [^;]*?, (0x\\w+)", ptx)}})
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return eval(done.stdout)
+    pytest.importorskip("triton")
+    from benchmarks import aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    entry = aot.find(("grad_norms", "sm_90", name))
+    ptx = aot.triton.compile(aot.source(entry), target=aot.TARGETS["sm_90"], options=aot.options(entry)).asm["ptx"]
+    assert list(cache.iterdir())
+    return {int(size, 16) for size in re.findall(r"cp\.async\.c\w\.shared\.global [^;]*?, (0x\w+)", ptx)}
 
 
 @pytest.mark.parametrize("entry", ["fused-bf16-ieee-4096-roomy", "direct-fp32-ieee-4096", "gram-bf16-T64"])
-def test_aligned_linear_layers_are_copied_16_bytes_at_a_time(entry, tmp_path):
-    pytest.importorskip("triton")
-    assert copied_bytes(entry, tmp_path) == {16}
+def test_aligned_linear_layers_are_copied_16_bytes_at_a_time(entry, tmp_path, monkeypatch):
+    assert copied_bytes(entry, tmp_path, monkeypatch) == {16}
 
 
-def test_a_narrow_copy_is_seen(tmp_path):
+def test_a_narrow_copy_is_seen(tmp_path, monkeypatch):
     """Unaligned positions of a convolution, 4 bytes at a time."""
-    pytest.importorskip("triton")
-    assert copied_bytes("direct-conv1d-t-last-fp32", tmp_path) == {4}
+    assert copied_bytes("direct-conv1d-t-last-fp32", tmp_path, monkeypatch) == {4}
 
 
 # --- the algorithm, on the host ---------------------------------------------------------------------------------------
@@ -309,22 +302,36 @@ def test_planted_faults_are_caught(generator, tmp_path, fault):
 # --- how it is built and reached --------------------------------------------------------------------------------------
 
 
-def run_setup(value: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"ADASELECT_CUDA": value}
-    command = [sys.executable, "setup.py", "--quiet", "--name"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def builds() -> dict[str, str]:
+    """What setup.py says with each value of ADASELECT_CUDA; one process, which loads torch once."""
+    program = """
+import contextlib, io, json, os, runpy, sys
+sys.argv = ["setup.py", "--quiet", "--name"]
+said = {}
+for value in ("0", "yes", "1"):
+    os.environ["ADASELECT_CUDA"] = value
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path("setup.py", run_name="__main__")
+        except Exception as error:
+            print(type(error).__name__, error)
+    said[value] = out.getvalue()
+print(json.dumps(said))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_flag_of_the_build_is_obeyed_or_refused():
-    assert run_setup("0").stdout.split()[-1] == "adaselect_kernels"
-    assert "ADASELECT_CUDA must be 0, 1 or unset, got 'yes'" in run_setup("yes").stderr
+def test_the_flag_of_the_build_is_obeyed_or_refused(builds):
+    assert builds["0"].split()[-1] == "adaselect_kernels"
+    assert "RuntimeError ADASELECT_CUDA must be 0, 1 or unset, got 'yes'" in builds["yes"]
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch can build the CUDA kernels")
-def test_a_build_that_needs_cuda_says_what_is_missing():
-    done = run_setup("1")
-    assert done.returncode != 0
-    assert "ADASELECT_CUDA=1 needs a CUDA build of torch" in done.stderr
+def test_a_build_that_needs_cuda_says_what_is_missing(builds):
+    assert "RuntimeError ADASELECT_CUDA=1 needs a CUDA build of torch" in builds["1"]
 
 
 def test_the_cuda_implementation_serves_what_it_has_and_says_why_not():

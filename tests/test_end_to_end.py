@@ -36,12 +36,7 @@ TINY = Settings(width=1, batch=8, size=8, gammas=(0.4,), pool=3)  # k = 3: updat
 GAMMA = 0.4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rig(mode: str = "eager", dtype: str = "float32", settings: Settings = TINY) -> Rig:

@@ -16,17 +16,13 @@ from adaselect_kernels.functional import SampleStats, Selection, WeightedSelecti
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.training import SelectedBatches
 from tests import noise
+from tests.states import flat
 
 N, FEATURES, CLASSES, RATE = 24, 5, 4, 0.25
 K = 6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Softmax:
@@ -488,14 +484,6 @@ def train(name, more, stop=None, resume=None):
                 torch.save(state, file)
                 return file
     return model.state_dict(), batches.state_dict(), torch.get_rng_state()
-
-
-def flat(state):
-    if isinstance(state, dict):
-        return {key: flat(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [flat(value) for value in state]
-    return state.contiguous().numpy().tobytes() if isinstance(state, torch.Tensor) else state
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,7 @@ from adaselect_kernels.samplers import get_sampler
 from adaselect_kernels.training import get_scorer, planner, scorers
 from adaselect_kernels.training.planner import Plan, PlanWarning, plan
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def given(**changes):

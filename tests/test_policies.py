@@ -15,6 +15,7 @@ from adaselect_kernels.functional import baseline_select, baseline_select_from_l
 from adaselect_kernels.options import METHODS, AdaSelectionOptions
 from adaselect_kernels.policies import POLICIES, RECOMMENDED, get_policy
 from adaselect_kernels.state import AdaSelectionState
+from tests.states import flat
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 NEIGHBOURS = ("importance", "rho_loss", "selective_backprop")  # tests/test_neighbours.py has their rules
@@ -35,13 +36,6 @@ def through_a_file(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def flat(state):
-    """A state_dict as comparable text: tensors by their bits."""
-    if isinstance(state, dict):
-        return {key: flat(value) for key, value in state.items()}
-    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else state
 
 
 def test_every_method_is_a_policy():

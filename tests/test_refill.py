@@ -5,8 +5,6 @@ import dataclasses
 import io
 import itertools
 import math
-import pathlib
-import re
 import time
 import types
 import weakref
@@ -25,17 +23,9 @@ from adaselect_kernels.functional import SampleStats
 from adaselect_kernels.policies import get_policy
 from adaselect_kernels.training import Rows, SelectedBatches
 from adaselect_kernels.training.batches import count_rows, join_rows, map_leaves, move_to, slice_rows, take_rows
+from tests.states import flat
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: threads that wait for each other would be most of the time on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses_of(model, batch):
@@ -725,11 +715,11 @@ def test_a_saved_state_is_a_copy_and_holds_no_more_than_the_rows():
 def test_a_loaded_state_is_a_copy():
     batches, state = half_way(), half_way().state_dict()
     batches.load_state_dict(state)
-    before = comparable(batches.state_dict())
+    before = flat(batches.state_dict())
     state["rows"].zero_()
     state["order"][0].zero_()
     state["counts"]["epochs"] = 7
-    assert comparable(batches.state_dict()) == before
+    assert flat(batches.state_dict()) == before
 
 
 def set_entry(*path_and_value):
@@ -775,25 +765,17 @@ CORRUPT = {
 }
 
 
-def comparable(state):
-    if isinstance(state, dict):
-        return {key: comparable(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [comparable(value) for value in state]
-    return state.clone().numpy().tobytes() if isinstance(state, torch.Tensor) else state
-
-
 @pytest.mark.parametrize("change", CORRUPT.values(), ids=CORRUPT.keys())
 def test_a_foreign_or_corrupt_state_is_refused_whole(change):
     state = half_way().state_dict()
     batches = half_way(numbered([7] * 5, seed=1))
     batches.load_state_dict(copy.deepcopy(state))  # sound as it is
     batches = half_way(numbered([7] * 5, seed=1))
-    before = comparable(batches.state_dict())
+    before = flat(batches.state_dict())
     change(state)
     with pytest.raises(ValueError):
         batches.load_state_dict(state)
-    assert comparable(batches.state_dict()) == before
+    assert flat(batches.state_dict()) == before
 
 
 def test_what_is_no_state_at_all_is_refused():
@@ -812,10 +794,10 @@ def test_a_loader_that_refuses_its_state_leaves_everything():
     batches = half_way(Refusing(numbered([10] * 4)))
     state = batches.state_dict()
     state["policy"]["state"]["step"] += 5
-    before = comparable(batches.state_dict())
+    before = flat(batches.state_dict())
     with pytest.raises(ValueError, match="the loader refused its state: 'on purpose'"):
         batches.load_state_dict(state)
-    assert comparable(batches.state_dict()) == before
+    assert flat(batches.state_dict()) == before
 
 
 def test_loaded_rows_go_to_the_device_of_the_batches():
@@ -840,17 +822,3 @@ def test_on_a_gpu_nothing_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert batches.counts.updates == 5
-
-
-PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_page_runs(block):
-    torch.manual_seed(0)
-    exec(block, {})
-
-
-def test_the_page_has_its_examples():
-    assert len(BLOCKS) == 5

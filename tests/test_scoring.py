@@ -16,13 +16,7 @@ from adaselect_kernels.training import score, scoring_pass
 MODES = ("eval", "train")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: threads that wait for each other would be most of the time on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Noisy(nn.Module):

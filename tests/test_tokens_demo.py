@@ -26,12 +26,7 @@ TINY = {"batch": 2, "context": 8, "width": 8, "heads": 2, "words": 300, "turns":
 LABELS = [variant.label for variant in VARIANTS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

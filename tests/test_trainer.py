@@ -25,15 +25,10 @@ ROWS, EPOCHS = 60, 3
 DATA = torch.Generator().manual_seed(3)
 INPUTS, TARGETS = torch.randn(ROWS, 4, generator=DATA), torch.randint(3, (ROWS,), generator=DATA)
 
-pytestmark = pytest.mark.filterwarnings("ignore::adaselect_kernels.training.planner.PlanWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::adaselect_kernels.training.planner.PlanWarning"),
+]
 
 
 def network():

@@ -100,10 +100,14 @@ LINEAR = [
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n", "t", "p", "d"),
-    [(dtype, *shape) for shape in LINEAR for dtype in (DTYPES if shape in LINEAR[2:4] else DTYPES[:2])],
+    ("form", "dtype", "n", "t", "p", "d"),
+    [
+        (form, dtype, *shape)
+        for shape in LINEAR
+        for dtype in (DTYPES if shape in LINEAR[2:4] else DTYPES[:2])
+        for form in (FORMS if shape[1] <= 5 else FORMS[:2])  # "auto" is one of the two, but for a single position
+    ],
 )
-@pytest.mark.parametrize("form", FORMS)
 def test_linear(generator, launches, dtype, form, n, t, p, d):
     a, g = normal(generator, n, t, d, dtype=dtype), normal(generator, n, t, p, dtype=dtype)
     check("linear_grad_sq_norms", (a, g), True, True, form, peer=gram_peer(1, 1) if form != "direct" else None)
@@ -274,11 +278,15 @@ def conv_tensors(generator, shape, out, kernel, stride, padding, dilation, dtype
 
 
 @pytest.mark.parametrize(
-    ("dtype", "case"),
-    [(dtype, case) for i, case in enumerate(CONVS) for dtype in (DTYPES if i in (1, 4) else DTYPES[:1])],
+    ("form", "dtype", "case"),
+    [
+        (form, dtype, case)
+        for i, case in enumerate(CONVS)
+        for dtype in (DTYPES if i in (1, 4) else DTYPES[:1])
+        for form in (FORMS if i in (0, 4) else FORMS[:2])  # "auto" is one of the two
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("form", FORMS)
 def test_convolution(generator, launches, dtype, form, case):
     shape, out, kernel, stride, padding, dilation, groups, direct = case
     x, g = conv_tensors(generator, shape, out, kernel, stride, padding, dilation, dtype)
@@ -430,9 +438,14 @@ def test_empty_embedding(generator, shape):
 # --- normalisation layers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "weight", "bias"),
+    [
+        *((dtype, True, True) for dtype in DTYPES),
+        *((torch.float32, *of) for of in ((True, False), (False, True), (False, False))),
+    ],
+)
 @pytest.mark.parametrize("shape", [(3, 1, 5), (2, 40, 130), (2, 70, 64)], ids=str)
-@pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, True), (False, False)])
 def test_affine(generator, dtype, shape, weight, bias):
     n, t, _ = shape
     x, g = normal(generator, *shape, dtype=dtype), normal(generator, *shape, dtype=dtype)

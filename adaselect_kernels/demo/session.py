@@ -1,8 +1,7 @@
 """The demo from start to end: every run, what is kept of it, and an orderly end when interrupted."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from adaselect_kernels.demo import figures, report
 from adaselect_kernels.demo.config import VARIANTS, DemoConfig, Variant
 from adaselect_kernels.demo.replay import Batches, method_weights, new_policy, selection_cost
 from adaselect_kernels.demo.task import Digits, load_task, small_cnn
-from adaselect_kernels.demo.train import train, warm_up
+from adaselect_kernels.demo.train import one_thread, train, warm_up
 from adaselect_kernels.training import Plan, PlanWarning, plan
 
 RESULTS = "results.json"
@@ -28,19 +27,8 @@ def run(config: DemoConfig, folder: Path) -> bool:
     """
     console = Console()
     folder.mkdir(exist_ok=True)
-    with _one_thread():
+    with one_thread():
         return _run(config, folder, console)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Arrays this small gain little from a second thread, and on a shared machine the threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(config: DemoConfig, folder: Path, console: Console) -> bool:

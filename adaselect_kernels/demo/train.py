@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from adaselect_kernels.demo.task import CandidateBatches, Digits, accuracy, smal
 from adaselect_kernels.training import SelectedBatches
 
 Batch = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small gain little from a second thread, and on a shared machine the threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _AllBatches:

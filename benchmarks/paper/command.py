@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adaselect_kernels.demo.train import one_thread
 from adaselect_kernels.training.files import replace_file
 from benchmarks import records
 from benchmarks.paper import datasets, runner, settings, summary
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if experiment.train is not None or experiment.held_out is not None:
         data = data.limited(experiment.train, experiment.held_out)
     folder = options.output or RESULTS / (experiment.name + "-smoke" * options.smoke)
-    with runner.one_thread():
+    with one_thread():
         return _run(options, experiment, methods, workers, data, folder)
 
 

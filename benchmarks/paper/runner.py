@@ -4,8 +4,8 @@ import queue
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from adaselect_kernels.demo.train import one_thread
 from benchmarks.paper import run as runs
 from benchmarks.paper.datasets import Data
 from benchmarks.paper.settings import RunConfig, expected_cost
@@ -43,17 +44,6 @@ class Job:
     folder: Path
     facts: Mapping[str, Any]
     checkpoint_seconds: float
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Models this small gain little from a second thread, and two runs side by side gain all of it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_all(job: Job, workers: int, time_limit: float | None = None, console: Console | None = None) -> Outcome:

@@ -13,13 +13,7 @@ PINNED = matrix.outcomes()
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are tiny: threads that wait for each other would be most of the time on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

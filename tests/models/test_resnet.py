@@ -7,13 +7,7 @@ from torch import nn
 
 from adaselect_kernels.models import resnet18, slimmable_resnet18, use_width
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randomise(model, generator):

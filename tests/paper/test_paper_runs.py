@@ -24,10 +24,7 @@ EXPERIMENT = dataclasses.replace(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    with runner.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def classes(rows=300, held_out=40, **shape) -> Data:

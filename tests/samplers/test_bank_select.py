@@ -13,12 +13,7 @@ SHAPES = [(30, 1, 9), (30, 15, 30), (40, 64, 1), (50, 131, 20), (300, 513, 200),
 SHAPES += [(5000, 3, 4500)]  # more than one program chooses from
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

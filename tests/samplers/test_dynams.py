@@ -19,13 +19,7 @@ from adaselect_kernels.samplers.dynams import DynaMS, keep_ratios
 from adaselect_kernels.training import score
 from adaselect_kernels.training.scorers import get_scorer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- schedules

@@ -12,13 +12,7 @@ from torch.utils.data import TensorDataset
 from adaselect_kernels.samplers import get_sampler
 from adaselect_kernels.samplers.impon import standardized_features
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def steps(sampler, losses, count):

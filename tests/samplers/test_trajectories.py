@@ -10,12 +10,7 @@ from tests.samplers.regression import NumpyModel, TorchModel, problem
 STEPS, CLASSES, COLUMNS = 200, 3, 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(sampler, x, y, model, after=None):
