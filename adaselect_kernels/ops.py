@@ -22,7 +22,8 @@ fused_linear_select     -> as fused_select.
 linear_partials         -> [PARTIALS, N] (options.py has the rows), float32 (float64 for float64 hidden): what the V classes
                            first_class + class_stride * v say of the rows of hidden [N, H], the target's own class left out of
                            every sum. hidden_scale [N] and weight_scale [V] float32 multiply rows of float8_e4m3fn hidden and
-                           weight. `stats` and label_smoothing tell which rows will be read; the others may hold anything.
+                           weight. `stats` and label_smoothing tell which partials will be read; the others, and those of
+                           ignored rows, may hold anything.
 combine_partials        -> [S, N]: the statistics from the partials [R, PARTIALS, N] of R disjoint sets of classes that make
                            up all `classes`. An ignored row is 0, a target outside [0, classes) NaN.
 

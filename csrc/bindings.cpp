@@ -84,6 +84,41 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("select_mask", adaselect::select_mask, Unlocked());
   m.def("cross_entropy_backward", adaselect::cross_entropy_backward, Unlocked());
   m.def("linear_loss_backward", adaselect::linear_loss_backward, Unlocked());
+  m.def(
+      "linear_per_sample_stats",
+      [](const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, const MaybeTensor& bias,
+         const Ints& stats, std::string_view unit, int64_t ignore_index, double label_smoothing, double softcap,
+         double logit_scale) {
+        return adaselect::linear_per_sample_stats(hidden, weight, targets, bias, stats, unit, ignore_index,
+                                                  label_smoothing, softcap, logit_scale);
+      },
+      Unlocked());
+  m.def(
+      "fused_linear_select",
+      [](const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, const MaybeTensor& bias,
+         const MaybeTensor& state, const Ints& methods, int64_t k, std::string_view unit, std::string_view order,
+         int64_t ignore_index, double label_smoothing, double softcap, double logit_scale, int64_t seed,
+         const Floats& options) {
+        return adaselect::fused_linear_select(hidden, weight, targets, bias, state, methods, k, unit, order,
+                                              ignore_index, label_smoothing, softcap, logit_scale, seed, options);
+      },
+      Unlocked());
+  m.def(
+      "linear_partials",
+      [](const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, const MaybeTensor& bias,
+         const MaybeTensor& hidden_scale, const MaybeTensor& weight_scale, int64_t first_class, int64_t class_stride,
+         const Ints& stats, int64_t ignore_index, double label_smoothing, double softcap, double logit_scale) {
+        return adaselect::linear_partials(hidden, weight, targets, bias, hidden_scale, weight_scale, first_class,
+                                          class_stride, stats, ignore_index, label_smoothing, softcap, logit_scale);
+      },
+      Unlocked());
+  m.def(
+      "combine_partials",
+      [](const at::Tensor& partials, const at::Tensor& targets, int64_t classes, const Ints& stats,
+         int64_t ignore_index, double label_smoothing) {
+        return adaselect::combine_partials(partials, targets, classes, stats, ignore_index, label_smoothing);
+      },
+      Unlocked());
   m.def("bank_select", adaselect::bank_select, Unlocked());
   m.def("linear_grad_sq_norms", adaselect::linear_grad_sq_norms, Unlocked());
   m.def("linear_grads_and_sq_norms", adaselect::linear_grads_and_sq_norms, Unlocked());

@@ -490,21 +490,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_from_losses(
   return {indices, scores, n_valid};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
-    const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& state,
-    at::ArrayRef<int64_t> methods, int64_t k, std::string_view unit, std::string_view order, int64_t ignore_index,
-    double label_smoothing, int64_t seed, at::ArrayRef<double> options) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_rows(
+    int64_t n, bool is_double, const std::optional<at::Tensor>& state, at::ArrayRef<int64_t> methods, int64_t k,
+    std::string_view order, int64_t seed, at::ArrayRef<double> options, RowStage row_stage) {
   check_methods(methods, state, options);
-  const bool per_token = parse_choice(unit, "unit", "token", "sample");
   const bool by_score = parse_choice(order, "order", "score", "index");
-  const int64_t n = check_row_stats(logits, targets, per_token).samples;
   check_k(k, n);
   at::Tensor indices = at::detail::empty_cpu({k}, at::kLong);
   at::Tensor scores = at::detail::empty_cpu({n}, at::kFloat);
   at::Tensor losses = at::detail::empty_cpu({n}, at::kFloat);
   at::Tensor n_valid = at::detail::empty_cpu({}, at::kLong);
 
-  const bool is_double = logits.scalar_type() == at::kDouble;
   const int64_t bytes = n * (is_double ? 8 : 4);
   Scratch scratch(2 * Scratch::aligned(bytes) + Scratch::aligned(n));
   void* row_losses = is_double ? scratch.take(bytes) : losses.mutable_data_ptr();
@@ -513,14 +509,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
   const int64_t stats[] = {kLoss, kGradNorm};
   void* const out[] = {row_losses, grad_norms};
   const size_t n_stats = needs_grad_norms(methods) ? 2 : 1;
-  row_stats(logits, targets, at::ArrayRef<int64_t>(stats, n_stats), per_token, ignore_index, label_smoothing, out,
-            valid);
+  row_stage(at::ArrayRef<int64_t>(stats, n_stats), out, valid);
   if (is_double) std::copy_n(static_cast<const double*>(row_losses), n, losses.mutable_data_ptr<float>());
 
   const Samples samples{row_losses, grad_norms, valid, is_double ? Dtype::kFloat64 : Dtype::kFloat32, n};
   batch_stage(samples, state, methods, k, seed, options, scores.mutable_data_ptr<float>(),
               n_valid.mutable_data_ptr<int64_t>(), indices.mutable_data_ptr<int64_t>(), by_score);
   return {indices, scores, losses, n_valid};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
+    const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& state,
+    at::ArrayRef<int64_t> methods, int64_t k, std::string_view unit, std::string_view order, int64_t ignore_index,
+    double label_smoothing, int64_t seed, at::ArrayRef<double> options) {
+  const bool per_token = parse_choice(unit, "unit", "token", "sample");
+  const int64_t n = check_row_stats(logits, targets, per_token).samples;
+  return select_rows(n, logits.scalar_type() == at::kDouble, state, methods, k, order, seed, options,
+                     [&](at::ArrayRef<int64_t> stats, void* const* out, uint8_t* valid) {
+                       row_stats(logits, targets, stats, per_token, ignore_index, label_smoothing, out, valid);
+                     });
 }
 
 }  // namespace adaselect

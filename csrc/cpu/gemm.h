@@ -37,13 +37,19 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b,
   }
 }
 
-// f(task) for every task, whichever thread is free: tasks write apart and take unequal times.
-template <class F>
-void for_each_task(int64_t tasks, F f) {
+// f(task) for every task, whichever thread is free: tasks write apart and take unequal times. make() gives the f of a
+// thread, with the memory that it keeps from task to task.
+template <class Make>
+void for_each_task_of(int64_t tasks, Make make) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    auto f = make();
     for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(task);
   });
+}
+template <class F>
+void for_each_task(int64_t tasks, F f) {
+  for_each_task_of(tasks, [&] { return [&](int64_t task) { f(task); }; });
 }
 
 }  // namespace adaselect

@@ -11,11 +11,11 @@ struct InstructionSet {
   bool supported;
 };
 
-#define ADASELECT_TABLE(name, isa)                                                                      \
-  KernelTable {                                                                                         \
-    name, isa::row_stats_by_dtype, isa::batch_by_dtype, isa::select32_by_dtype, &isa::select64_kernels, \
-        &isa::matrix32_kernels, &isa::matrix64_kernels, isa::pack_by_dtype, isa::affine_by_dtype,       \
-        isa::segment_by_dtype, isa::bank_by_dtype, isa::loss_by_dtype                                   \
+#define ADASELECT_TABLE(name, isa)                                                                                    \
+  KernelTable {                                                                                                       \
+    name, isa::row_stats_by_dtype, isa::batch_by_dtype, isa::select32_by_dtype, &isa::select64_kernels,               \
+        &isa::matrix32_kernels, &isa::matrix64_kernels, isa::pack_by_dtype, isa::affine_by_dtype,                     \
+        isa::segment_by_dtype, isa::bank_by_dtype, isa::loss_by_dtype, &isa::linear32_kernels, &isa::linear64_kernels \
   }
 
 // Best first.

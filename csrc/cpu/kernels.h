@@ -41,9 +41,73 @@ struct RowStatsArgs {
   uint8_t* kept;      // [rows] or null: target is not ignore_index
 };
 
+// What the classes seen so far say of a row of logits z_j, relative to `max`, at least the largest of them: sums over
+// the classes but the target of e_j = exp(z_j - max), e_j^2, e_j (z_j - max), z_j - max and 1; the largest two z_j of
+// these.
+template <class T>
+struct RowSums {
+  double sum = 0, sum_sq = 0, sum_ex = 0, sum_x = 0, count = 0;
+  T max = -__builtin_inf(), other_max = max, second = max;
+};
+
 // Rows [begin, end) -> the lowest row with a bad target, -1 if there is none. Ranges start at multiples of kRowTile.
 using RowStatsFn = int64_t (*)(const RowStatsArgs& args, int64_t begin, int64_t end);
 inline constexpr int64_t kRowTile = 16;
+
+// ---- statistics of logits z = softcap tanh(u / softcap), u = scale (product + bias), that are never stored
+
+// Positions in options.py PARTIALS.
+enum Partial { kMax, kSum, kSumSq, kSumEx, kSecond, kBefore, kSumX, kTargetLogit, kCount, kHasNan, kPartials };
+
+// RowSums without the target in `max`, with what else a partial tells: the largest z_j, j < y; z_y; NaN was met.
+template <class T>
+struct ClassSums : RowSums<T> {
+  T before = -__builtin_inf(), target = 0;
+  bool has_nan = false;
+};
+
+// Products of hidden rows with `classes` rows of weight, each `pitch` after the other.
+template <class T>
+struct LogitsBlock {
+  const T* products;
+  int64_t pitch, rows, classes;
+  const T* bias;         // [classes], or null
+  T scale, softcap;      // softcap 0: none
+  int64_t position;      // of the first class among those of the call
+  bool extras;           // not only loss, lse, grad_norm and confidence will be read
+  const int64_t* y;      // [rows] position of the target among the classes of the call, or any other number
+  const int64_t* lower;  // [rows] classes of the call below the target
+  ClassSums<T>* sums;    // [rows]
+};
+
+// Sums [sets][rows] -> partials [kPartials][all positions], of the sets together.
+template <class T>
+struct MergeArgs {
+  const ClassSums<T>* sums;
+  int64_t sets, rows;
+  const int64_t* positions;  // [rows]
+  int64_t all_positions;
+  T* partials;
+};
+
+// Partials [sets][kPartials][rows] -> statistics.
+struct CombineArgs {
+  const void* partials;
+  int64_t sets, rows, classes;
+  const int64_t* y;  // [rows], kIgnored: 0, kOutside: NaN
+  double label_smoothing;
+  int32_t stats[kStats];
+  int32_t n_stats;
+  void* out[kStats];
+};
+inline constexpr int64_t kIgnored = -1, kOutside = -2;
+
+template <class T>
+struct LinearKernels {
+  void (*add_logits)(const LogitsBlock<T>& block);
+  void (*merge)(const MergeArgs<T>& args, int64_t begin, int64_t end);
+  void (*combine)(const CombineArgs& args, int64_t begin, int64_t end);
+};
 
 // The batch stage works on chunks: partial sums of a chunk are combined in chunk order, whoever computes them.
 inline constexpr int64_t kBatchChunk = 4096;
@@ -224,6 +288,8 @@ struct KernelTable {
   const SegmentFn* segment;
   const BankFn* bank;  // and uint8 after the Dtypes
   const LossKernels* loss;
+  const LinearKernels<float>* linear32;   // all but float64
+  const LinearKernels<double>* linear64;  // float64
 };
 
 #define ADASELECT_DECLARE_KERNELS(isa)                       \
@@ -239,6 +305,8 @@ struct KernelTable {
   extern const SegmentFn segment_by_dtype[4];                \
   extern const BankFn bank_by_dtype[5];                      \
   extern const LossKernels loss_by_dtype[4];                 \
+  extern const LinearKernels<float> linear32_kernels;        \
+  extern const LinearKernels<double> linear64_kernels;       \
   }
 #if defined(__x86_64__)
 ADASELECT_DECLARE_KERNELS(avx512)

@@ -1,6 +1,8 @@
 // The operators of adaselect_kernels/ops.py on the CPU, and the stages they share.
 #pragma once
 
+#include <c10/util/FunctionRef.h>
+
 #include <array>
 #include <optional>
 #include <string_view>
@@ -16,12 +18,36 @@ struct RowShape {
   int64_t samples;    // rows of the result
   int64_t positions;  // rows of logits
 };
+// Rows [N, width] or [N, T, width] and their targets, but not the dtype of the rows.
+RowShape check_rows(const at::Tensor& rows, const at::Tensor& targets, bool per_token, const char* name,
+                    const char* width);
 RowShape check_row_stats(const at::Tensor& logits, const at::Tensor& targets, bool per_token);
+void check_stats(at::ArrayRef<int64_t> stats);
+
+// The result of a call for `stats`, in the compute type of `input`.
+struct StatsTable {
+  at::Tensor tensor;  // [S, samples]
+  void* rows[kStats];
+  StatsTable(const at::Tensor& input, at::ArrayRef<int64_t> stats, int64_t samples);
+};
 
 // stats[i] of every sample -> out[i] [samples], float32 or for float64 logits float64. valid [samples] (or null): one
 // of its targets is not ignore_index. Throws IndexError for a target outside [0, C).
 void row_stats(const at::Tensor& logits, const at::Tensor& targets, at::ArrayRef<int64_t> stats, bool per_token,
                int64_t ignore_index, double label_smoothing, void* const* out, uint8_t* valid);
+
+// As row_stats, of logits z = softcap tanh(u / softcap), u = logit_scale (hidden . weight^T + bias); softcap 0 is none.
+struct LogitsForm {
+  double softcap, logit_scale;
+};
+void linear_row_stats(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                      const std::optional<at::Tensor>& bias, const LogitsForm& form, at::ArrayRef<int64_t> stats,
+                      bool per_token, int64_t ignore_index, double label_smoothing, void* const* out, uint8_t* valid);
+
+// values[i] [samples, positions] -> out[i] [samples]: mean over the positions kept; grad_norm: the norm for the mean
+// loss. valid [samples] (or null): one is kept.
+void reduce_positions(bool is_double, int64_t samples, int64_t positions, at::ArrayRef<int64_t> stats,
+                      const void* const* values, const uint8_t* kept, void* const* out, uint8_t* valid);
 
 struct Samples {
   const void* losses;
@@ -41,6 +67,13 @@ bool needs_grad_norms(at::ArrayRef<int64_t> methods);
 void select(const void* scores, Dtype dtype, int64_t stride, int64_t n, int64_t k, bool largest, bool by_score,
             int64_t* indices);
 
+// The last stages of a selection of k of n rows; `row_stage` fills their losses, gradient norms where a method needs
+// them, and which are valid: see row_stats.
+using RowStage = c10::function_ref<void(at::ArrayRef<int64_t> stats, void* const* out, uint8_t* valid)>;
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_rows(
+    int64_t n, bool is_double, const std::optional<at::Tensor>& state, at::ArrayRef<int64_t> methods, int64_t k,
+    std::string_view order, int64_t seed, at::ArrayRef<double> options, RowStage row_stage);
+
 // ---- operators
 
 at::Tensor per_sample_stats(const at::Tensor& logits, const at::Tensor& targets, at::ArrayRef<int64_t> stats,
@@ -57,6 +90,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_select(
     const at::Tensor& logits, const at::Tensor& targets, const std::optional<at::Tensor>& state,
     at::ArrayRef<int64_t> methods, int64_t k, std::string_view unit, std::string_view order, int64_t ignore_index,
     double label_smoothing, int64_t seed, at::ArrayRef<double> options);
+
+at::Tensor linear_per_sample_stats(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                                   const std::optional<at::Tensor>& bias, at::ArrayRef<int64_t> stats,
+                                   std::string_view unit, int64_t ignore_index, double label_smoothing, double softcap,
+                                   double logit_scale);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_linear_select(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& state, at::ArrayRef<int64_t> methods,
+    int64_t k, std::string_view unit, std::string_view order, int64_t ignore_index, double label_smoothing,
+    double softcap, double logit_scale, int64_t seed, at::ArrayRef<double> options);
+at::Tensor linear_partials(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& hidden_scale,
+                           const std::optional<at::Tensor>& weight_scale, int64_t first_class, int64_t class_stride,
+                           at::ArrayRef<int64_t> stats, int64_t ignore_index, double label_smoothing, double softcap,
+                           double logit_scale);
+at::Tensor combine_partials(const at::Tensor& partials, const at::Tensor& targets, int64_t classes,
+                            at::ArrayRef<int64_t> stats, int64_t ignore_index, double label_smoothing);
 
 std::tuple<at::Tensor, at::Tensor> bank_select(const at::Tensor& features, const at::Tensor& rows,
                                                const at::Tensor& theta, double norm, int64_t k, bool largest);

@@ -59,46 +59,68 @@ void run(const RowStatsArgs& args, const at::Tensor& targets) {
   }
 }
 
-// Mean over the positions that are not ignored; grad_norm: the norm for the mean loss.
 template <class T>
-void reduce_positions(const RowStatsArgs& args, void* const* out, uint8_t* valid) {
-  const int64_t positions = args.inner;
-  at::parallel_for(0, args.rows / positions, std::max<int64_t>(1, kGrainElements / positions),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t sample = begin; sample < end; ++sample) {
-                       const uint8_t* kept = args.kept + sample * positions;
-                       int64_t count = 0;
-                       for (int64_t t = 0; t < positions; ++t) count += kept[t];
-                       if (valid != nullptr) valid[sample] = count > 0;
-                       for (int32_t s = 0; s < args.n_stats; ++s) {
-                         const T* values = static_cast<const T*>(args.out[s]) + sample * positions;
-                         const bool squared = args.stats[s] == kGradNorm;
-                         double sum = 0;
-                         for (int64_t t = 0; t < positions; ++t)
-                           sum += squared ? double(values[t]) * values[t] : values[t];
-                         const double mean = (squared ? std::sqrt(sum) : sum) / static_cast<double>(count);
-                         static_cast<T*>(out[s])[sample] = count > 0 ? static_cast<T>(mean) : T(0);
-                       }
-                     }
-                   });
+void reduce_positions(int64_t samples, int64_t positions, at::ArrayRef<int64_t> stats, const void* const* values,
+                      const uint8_t* kept, void* const* out, uint8_t* valid) {
+  at::parallel_for(0, samples, std::max<int64_t>(1, kGrainElements / positions), [&](int64_t begin, int64_t end) {
+    for (int64_t sample = begin; sample < end; ++sample) {
+      const uint8_t* here = kept + sample * positions;
+      int64_t count = 0;
+      for (int64_t t = 0; t < positions; ++t) count += here[t];
+      if (valid != nullptr) valid[sample] = count > 0;
+      for (size_t s = 0; s < stats.size(); ++s) {
+        const T* of_sample = static_cast<const T*>(values[s]) + sample * positions;
+        const bool squared = stats[s] == kGradNorm;
+        double sum = 0;
+        for (int64_t t = 0; t < positions; ++t) {
+          sum += squared ? double(of_sample[t]) * of_sample[t] : of_sample[t];
+        }
+        const double mean = (squared ? std::sqrt(sum) : sum) / static_cast<double>(count);
+        static_cast<T*>(out[s])[sample] = count > 0 ? static_cast<T>(mean) : T(0);
+      }
+    }
+  });
 }
 
 }  // namespace
 
-RowShape check_row_stats(const at::Tensor& logits, const at::Tensor& targets, bool per_token) {
-  check_cpu(logits, "logits");
+RowShape check_rows(const at::Tensor& rows, const at::Tensor& targets, bool per_token, const char* name,
+                    const char* width) {
+  check_cpu(rows, name);
   check_cpu(targets, "targets");
-  dtype_of(logits, "logits");
   TORCH_CHECK_TYPE(targets.scalar_type() == at::kLong || targets.scalar_type() == at::kInt,
                    "targets must be int64 or int32, got ", targets.scalar_type());
-  TORCH_CHECK_VALUE((logits.dim() == 2 || logits.dim() == 3) && logits.numel() > 0,
-                    "logits must be [N, C] or [N, T, C] and not empty, got shape ", logits.sizes());
-  TORCH_CHECK_VALUE(targets.sizes() == logits.sizes().slice(0, logits.dim() - 1),
-                    "targets must have the shape of logits ", logits.sizes(), " without classes, got ",
-                    targets.sizes());
+  TORCH_CHECK_VALUE((rows.dim() == 2 || rows.dim() == 3) && rows.numel() > 0, name, " must be [N, ", width,
+                    "] or [N, T, ", width, "] and not empty, got shape ", rows.sizes());
+  TORCH_CHECK_VALUE(targets.sizes() == rows.sizes().slice(0, rows.dim() - 1), "targets must have the shape of ", name,
+                    " ", rows.sizes(), " without the last dimension, got ", targets.sizes());
+  const int64_t positions = rows.dim() == 3 ? rows.size(0) * rows.size(1) : rows.size(0);
+  return {per_token ? positions : rows.size(0), positions};
+}
+
+RowShape check_row_stats(const at::Tensor& logits, const at::Tensor& targets, bool per_token) {
+  dtype_of(logits, "logits");
+  const RowShape shape = check_rows(logits, targets, per_token, "logits", "C");
   TORCH_CHECK_VALUE(logits.size(-1) < (int64_t{1} << 31), "at most 2^31 - 1 classes, got ", logits.size(-1));
-  const int64_t positions = logits.dim() == 3 ? logits.size(0) * logits.size(1) : logits.size(0);
-  return {per_token ? positions : logits.size(0), positions};
+  return shape;
+}
+
+void check_stats(at::ArrayRef<int64_t> stats) {
+  TORCH_CHECK_VALUE(!stats.empty() && stats.size() <= kStats, "between 1 and ", int(kStats), " stats, got ",
+                    stats.size());
+  for (int64_t stat : stats) TORCH_CHECK_VALUE(stat >= 0 && stat < kStats, "unknown statistic ", stat);
+}
+
+StatsTable::StatsTable(const at::Tensor& input, at::ArrayRef<int64_t> stats, int64_t samples)
+    : tensor(at::detail::empty_cpu({static_cast<int64_t>(stats.size()), samples}, compute_type(input))) {
+  const int64_t bytes = samples * static_cast<int64_t>(tensor.element_size());
+  for (size_t s = 0; s < stats.size(); ++s) rows[s] = static_cast<char*>(tensor.mutable_data_ptr()) + s * bytes;
+}
+
+void reduce_positions(bool is_double, int64_t samples, int64_t positions, at::ArrayRef<int64_t> stats,
+                      const void* const* values, const uint8_t* kept, void* const* out, uint8_t* valid) {
+  const auto reduce = is_double ? reduce_positions<double> : reduce_positions<float>;
+  reduce(samples, positions, stats, values, kept, out, valid);
 }
 
 void row_stats(const at::Tensor& logits, const at::Tensor& targets, at::ArrayRef<int64_t> stats, bool per_token,
@@ -116,28 +138,17 @@ void row_stats(const at::Tensor& logits, const at::Tensor& targets, at::ArrayRef
   for (int32_t s = 0; s < args.n_stats; ++s) args.out[s] = scratch.take(bytes);
   args.kept = scratch.take<uint8_t>(args.rows);
   run(args, targets);
-  if (is_double) {
-    reduce_positions<double>(args, out, valid);
-  } else {
-    reduce_positions<float>(args, out, valid);
-  }
+  reduce_positions(is_double, logits.size(0), args.inner, stats, args.out, args.kept, out, valid);
 }
 
 at::Tensor per_sample_stats(const at::Tensor& logits, const at::Tensor& targets, at::ArrayRef<int64_t> stats,
                             std::string_view unit, int64_t ignore_index, double label_smoothing) {
   const bool per_token = parse_choice(unit, "unit", "token", "sample");
   const RowShape shape = check_row_stats(logits, targets, per_token);
-  TORCH_CHECK_VALUE(!stats.empty() && stats.size() <= kStats, "between 1 and ", int(kStats), " stats, got ",
-                    stats.size());
-  for (int64_t stat : stats) TORCH_CHECK_VALUE(stat >= 0 && stat < kStats, "unknown statistic ", stat);
-  const int64_t n_stats = static_cast<int64_t>(stats.size());
-  at::Tensor table = at::detail::empty_cpu({n_stats, shape.samples}, compute_type(logits));
-  void* out[kStats];
-  for (int64_t s = 0; s < n_stats; ++s) {
-    out[s] = static_cast<char*>(table.mutable_data_ptr()) + s * shape.samples * table.element_size();
-  }
-  row_stats(logits, targets, stats, per_token, ignore_index, label_smoothing, out, nullptr);
-  return table;
+  check_stats(stats);
+  StatsTable table(logits, stats, shape.samples);
+  row_stats(logits, targets, stats, per_token, ignore_index, label_smoothing, table.rows, nullptr);
+  return table.tensor;
 }
 
 }  // namespace adaselect
