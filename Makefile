@@ -53,7 +53,7 @@ format: $(VENV)/.tools
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: $(VENV)/.tools
-	$(BIN)/python -m benchmarks run --device cpu --time-limit 1200
+	$(BIN)/python -m benchmarks run --device cpu --time-limit 1500
 	$(BIN)/python -m benchmarks report
 
 # On a machine with a GPU, which may have no network: uses the Python, torch and compilers found there.

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import linear_scores
 from benchmarks.end_to_end.drawing import time_split
+from benchmarks.linear import drawing as linear
 from benchmarks.micro.case import DTYPES
 from benchmarks.micro.growth import PARAMETERS
 
@@ -310,6 +311,7 @@ DRAWINGS: dict[str, dict[str, Callable[[Document], Figure | None]]] = {
     "select_topk": {"": _topk},
     "growth": {"": _growth, "speedup": _speedup_over},
     "grad_norms": {"": _over_plain},
+    "linear": {"": linear.rate, "gamma": linear.over_gamma, "memory": linear.memory},
     "end_to_end": {"": time_split},
     linear_scores.GROUP: {"": linear_scores.drawing},
 }

@@ -101,7 +101,8 @@ class SelectionOracle:
         return scores.double(), state[m : 2 * m]
 
 
-def _require(name: str, error: float, budget: float, report: Report) -> None:
+def require(name: str, error: float, budget: float, report: Report) -> None:
+    """Note the error in the report; GateError where it is above the budget."""
     report[name] = error
     if not error <= budget:  # NaN fails
         raise GateError(f"{name}: error {error:.3g}, allowed {budget:.3g}")
@@ -118,9 +119,9 @@ def check_losses(losses: Tensor, oracle: RowOracle) -> Report:
     if losses.shape != (oracle.n,):
         raise GateError(f"losses have shape {tuple(losses.shape)}, expected {(oracle.n,)}")
     report: Report = {}
-    _require("losses that are NaN", losses.isnan().sum().item(), 0, report)
+    require("losses that are NaN", losses.isnan().sum().item(), 0, report)
     error = _largest_excess(oracle.of(losses), oracle.table["loss"], torch.finfo(losses.dtype).eps)
-    _require("losses", error, 2 * oracle.pytorch_loss_error + FLOAT32_EPS, report)
+    require("losses", error, 2 * oracle.pytorch_loss_error + FLOAT32_EPS, report)
     return report
 
 
@@ -134,15 +135,15 @@ def check_stats(stats: Mapping[str, Tensor], oracle: RowOracle, *, cancelling: b
             continue
         if every.shape != (oracle.n,):
             raise GateError(f"{name} has shape {tuple(every.shape)}, expected {(oracle.n,)}")
-        _require(f"{name} that are NaN", every.isnan().sum().item(), 0, report)
+        require(f"{name} that are NaN", every.isnan().sum().item(), 0, report)
         values = oracle.of(every)
         if name == "correct":
-            _require(name, (values.double() != oracle.table[name]).sum().item(), 0, report)
+            require(name, (values.double() != oracle.table[name]).sum().item(), 0, report)
         else:
             allowed = CANCELLING_GRAD_NORM if cancelling and name == "grad_norm" else budget
             scale = max(1.0, oracle.table[name].nan_to_num(0.0, 0.0, 0.0).abs().max().item())
             error = _largest_excess(values, oracle.table[name], FLOAT32_EPS)
-            _require(name, error, allowed * scale, report)
+            require(name, error, allowed * scale, report)
     return report
 
 
@@ -192,17 +193,17 @@ def check_selection(
     if method_losses is not None:
         for name, got, expected in zip(oracle.methods, method_losses.double(), true_method_losses, strict=True):
             if name != "uniform" or same_noise:
-                _require(
+                require(
                     f"method loss {name}",
                     abs(got - expected).item(),
                     4 * relative * expected.abs().item() + 1e-6,
                     report,
                 )
     if not same_noise:
-        _require("sum of scores", abs(scores.double().sum().item() - 1), max(1e-3, relative), report)
+        require("sum of scores", abs(scores.double().sum().item() - 1), max(1e-3, relative), report)
         return report
     tolerance = relative * true_scores.abs() + 1e-12
-    _require("scores", ((scores.double() - true_scores).abs() / tolerance).max().item(), 1.0, report)
+    require("scores", ((scores.double() - true_scores).abs() / tolerance).max().item(), 1.0, report)
     best = reference.select_topk(true_scores, k, True, "score")
     differ = torch.ones(n, dtype=torch.bool, device=scores.device)
     differ[best[torch.isin(best, indices)]] = False  # chosen by both
@@ -210,7 +211,7 @@ def check_selection(
     differ &= ~both_left
     threshold = true_scores[best[-1]]
     far = differ & ((true_scores - threshold).abs() > 2 * (tolerance + relative * threshold.abs()))
-    _require("rows chosen wrongly", far.sum().item(), 0, report)
+    require("rows chosen wrongly", far.sum().item(), 0, report)
     report["near ties"] = differ.sum().item()
     return report
 
@@ -224,5 +225,5 @@ def check_topk(indices: Tensor, scores: Tensor, k: int, *, exact_ties: bool) -> 
     else:
         wrong = (scores[indices].sort().values != scores[expected].sort().values).sum().item()
     report: Report = {}
-    _require("rows chosen wrongly", wrong, 0, report)
+    require("rows chosen wrongly", wrong, 0, report)
     return report

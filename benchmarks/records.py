@@ -12,7 +12,8 @@ One file a group, `results/<device>/<group>.json`:
         us {p20, p50, p80}, samples_us [...] in the order of the rounds, inner (callables a sample),
         bytes (fewest the case must move), cache ("warm" or "cold"),
         floor_us and over_floor (median over it), ratio {p20, p50, p80} (this over ours, within each round),
-        gate {check: error found}, extra_bytes (groups that measure memory), and what benchmarks/end_to_end/group.py adds
+        gate {check: error found}, extra_bytes (groups that measure memory; memory_error where that failed), and what
+        benchmarks/end_to_end/group.py adds
     fits          growth only: {sweep, contender, quantity, slope, first, last}
 """
 
@@ -49,6 +50,7 @@ FAMILIES = {
     "batch_stage": ("batch_stage",),
     "grad_norms": ("grad_norms", "layer_sq_norms", "embedding_norms"),
     "bank": ("bank",),
+    "linear": ("linear", "losses", "gemm"),
 }
 SELECTION = tuple(FAMILIES)[:3]
 

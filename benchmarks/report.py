@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks import figures, records
 from benchmarks.end_to_end import page as end_to_end
 from benchmarks.groups import GROUPS
+from benchmarks.linear import page as linear
 from benchmarks.markdown import number, table
 from benchmarks.micro.case import OURS
 from benchmarks.targets import TARGETS, WITHOUT_A_GROUP, Results, Target
@@ -14,6 +15,7 @@ from benchmarks.targets import TARGETS, WITHOUT_A_GROUP, Results, Target
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 PAGE = "performance.md"
 DEVICE_TITLES = {"cpu": "CPU", "cuda": "GPU"}
+TABLES = {"end_to_end": end_to_end.times_table, "linear": linear.tables}  # of groups with their own
 COMMANDS = {"cpu": "make bench", "cuda": "make gpu GROUPS=all TIME_LIMIT=540"}
 
 INTRODUCTION = """# Performance
@@ -33,6 +35,7 @@ the last cache rotate over twice the bytes it holds ("cold"), the others stay in
 - *row_pass* is `per_sample_stats` alone: what of ours is reading the logits. *all_stats* is every statistic at once.
 - *read* sums the bytes of the logits once, *copy* copies them. The floor is the read time on a CPU, and on a GPU the
   fewest bytes the function must move at the copy rate of the same case.
+- *product* is the plain matrix product that a linear classifier cannot do without; there it is the floor.
 - A roofline counts the operations that no implementation can leave out, 4 a logit for the loss, 6 with the gradient norm,
   15 for every statistic (compare, subtract, exponential, multiply, add: each one), and the fewest bytes.
 
@@ -116,8 +119,8 @@ def _device_sections(
     found += ["#### Targets\n", _targets_table(kind, index(groups))]
     for name, document in groups.items():
         found += [f"#### {document['title']}\n", f"{_source(folder, document)}\n"]
-        if name == "end_to_end":
-            found.append(end_to_end.times_table(document))
+        if name in TABLES:
+            found.append(TABLES[name](document))
         else:
             found.append(_growth_table(document) if document["fits"] else _times_table(document))
         found += [f"![{document['title']}](figures/{path.name})\n" for path in drawn.get(name, [])]
@@ -172,11 +175,12 @@ def _without_a_group() -> str:
 
 
 def readme_table(devices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Selection and top-k of every device: ours, what the peers take, and the floor."""
+    """Selection, top-k and what the targets name of scoring: ours, what the peers take, and the floor, of every device."""
+    aimed = {t.case for t in TARGETS if t.group == "linear"}
     parts = []
     for groups in devices.values():
         rows = []
-        for name in ("fused_select", "select_topk"):
+        for name in ("fused_select", "select_topk", "linear"):
             document = groups.get(name)
             if document is None:
                 continue
@@ -185,7 +189,7 @@ def readme_table(devices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
                 if r["status"] == "measured":
                     by_case.setdefault(r["case"], {})[r["contender"]] = r
             for case, found in by_case.items():
-                if OURS in found:
+                if OURS in found and (name != "linear" or case in aimed):
                     floor = found[OURS]["over_floor"]
                     cells = [_ratio_cell(found, names) for names in (("naive", "topk"), ("compiled",))]
                     us = number(found[OURS]["us"]["p50"])

@@ -121,6 +121,7 @@ def run_case(
         contenders = case.build(device, buffers)
     except Exception as error:
         return [_record(case, OURS, "ours", "failed", timing.describe_error(error))]
+    by_name = {contender.name: contender for contender in contenders}
     ready: dict[str, Prepared] = {}
     done: dict[str, dict[str, Any]] = {}
     for contender in contenders:
@@ -130,18 +131,27 @@ def run_case(
         done[contender.name], prepared = _prepare(case, contender)
         if prepared is not None:
             ready[contender.name] = prepared
-    settings = {"min_sample_s": 1e-4, "warm_s": 0.0} if quick else {}
+    settings = {"min_sample_s": 1e-4, "warm_s": 0.0} if quick else {"min_rounds": case.rounds}
     if case.finish is not None:
         settings = {"min_sample_s": 0.0, "warm_s": 0.0}
     samples = timing.interleave(ready, device, budget_s=budget_s, deadline=deadline, **settings)
     for name, taken in samples.items():
         _add_times(done[name], taken, cold=case.input_bytes * timing.COLD_SHARE >= cache, bytes_=case.min_bytes)
-        if memory and taken.error is None:
-            done[name]["extra_bytes"] = timing.extra_bytes(ready[name].calls[0], device)
+        if memory and taken.error is None and by_name[name].role != "floor":
+            done[name] |= _memory(by_name[name], ready[name], device)
     _compare(done, samples, case, device)
     if case.finish is not None:
         case.finish(done)
     return list(done.values())
+
+
+def _memory(contender: Contender, prepared: Prepared, device: torch.device) -> dict[str, Any]:
+    if contender.extra_bytes is None:
+        return {"extra_bytes": timing.extra_bytes(prepared.calls[0], device)}
+    try:
+        return {"extra_bytes": contender.extra_bytes()}
+    except Exception as error:
+        return {"extra_bytes": None, "memory_error": timing.describe_error(error)}
 
 
 def _release(device: torch.device) -> None:
@@ -193,12 +203,13 @@ def _add_times(record: dict[str, Any], taken: Samples, *, cold: bool, bytes_: in
 
 
 def floor_us(done: dict[str, dict[str, Any]], case: Case, device: torch.device) -> float | None:
-    """The least time the case's bytes take: on a CPU the measured read of the inputs, on CUDA bytes over the copy rate."""
-    name = "copy" if device.type == "cuda" else "read"
+    """The time of the case's own floor, or the least its bytes take: on a CPU the measured read of the inputs, on CUDA bytes
+    over the copy rate."""
+    name = case.floor or ("copy" if device.type == "cuda" else "read")
     us = done.get(name, {}).get("us")
     if us is None:
         return None
-    if device.type == "cuda":
+    if name == "copy":
         return us["p50"] * case.min_bytes / (2 * case.input_bytes)  # a copy reads and writes
     return us["p50"]
 

@@ -129,9 +129,10 @@ def interleave(
     budget_s: float,
     min_sample_s: float = MIN_SAMPLE_S,
     warm_s: float = 0.05,
+    min_rounds: int = MIN_ROUNDS,
     deadline: float = math.inf,
 ) -> dict[str, Samples]:
-    """Time the contenders in turns for about `budget_s` seconds: at least MIN_ROUNDS rounds, at most MAX_ROUNDS.
+    """Time the contenders in turns for about `budget_s` seconds: at least `min_rounds` rounds, at most MAX_ROUNDS.
 
     deadline: of time.monotonic(); no further round begins after it once there are three. A contender that raises is
     recorded with its error and left out of the remaining rounds. One that makes torch.compile trace again inside the
@@ -149,7 +150,7 @@ def interleave(
             continue
         inner[name] = min(max(1, math.ceil(min_sample_s / max(once, 1e-9))), MAX_INNER)
         round_s += inner[name] * once
-    rounds = min(max(MIN_ROUNDS, int(budget_s / max(round_s, 1e-9))), MAX_ROUNDS)
+    rounds = min(max(min_rounds, int(budget_s / max(round_s, 1e-9))), MAX_ROUNDS)
     graphs = compiled_graphs()
     for done in range(rounds):
         if done >= 3 and time.monotonic() > deadline:

@@ -318,6 +318,30 @@ class TestRunner:
         assert runner.failures(document) == ["case ours: GateError: scores"]
         assert all(r["ratio"] is None for r in document["records"] if r["status"] == "measured")
 
+    def test_a_case_may_name_its_floor_and_its_rounds(self):
+        contenders = [
+            Contender(OURS, "ours", lambda: Prepared([lambda: torch.ones(20_000).sum()])),
+            Contender("product", "floor", prepared),
+        ]
+        case = Case("case", {"n": 4}, 64, 64, lambda device, buffers: contenders, floor="product", rounds=9)
+        ours, product = runner.run_case(case, CPU, budget_s=0.0, quick=False, deadline=float("inf"), memory=False)
+        assert len(ours["samples_us"]) == 9
+        assert ours["floor_us"] == pytest.approx(product["us"]["p50"], rel=1e-2)
+        assert product["over_floor"] == pytest.approx(1, rel=1e-2)
+
+    def test_memory_comes_from_the_contender_and_says_what_failed(self):
+        def broken() -> int:
+            raise RuntimeError("no memory")
+
+        group = small_group(
+            Contender(OURS, "ours", prepared, dict, lambda: 7), Contender("peer", "peer", prepared, dict, broken)
+        )
+        (case,) = group.cases(CPU, True)
+        ours, peer, *rest = runner.run_case(case, CPU, budget_s=0, quick=True, deadline=float("inf"), memory=True)
+        assert (ours["extra_bytes"], "memory_error" in ours) == (7, False)
+        assert (peer["extra_bytes"], peer["memory_error"]) == (None, "RuntimeError: no memory")
+        assert not any("extra_bytes" in floor for floor in rest)
+
     def test_the_time_limit_is_kept(self):
         document = runner.run_group(small_group(Contender(OURS, "ours", prepared)), CPU, quick=True, deadline=0.0)
         assert [r["status"] for r in document["records"]] == ["skipped"]
@@ -350,6 +374,7 @@ class TestQuickRun:
                 assert record["status"] == "measured", record
                 assert record["us"]["p20"] <= record["us"]["p50"] <= record["us"]["p80"]
                 assert len(record["samples_us"]) >= 3
+                assert "memory_error" not in record, record
             assert all(math.isfinite(fit["slope"]) for fit in document["fits"])
 
     def test_the_files_name_no_path_of_this_machine(self, quick_results):
@@ -402,7 +427,8 @@ class TestTargets:
                     "us": timing.spread(values),
                     "samples_us": values,
                     "over_floor": 1.25,
-                    "params": {"n": 2, "classes": 5},
+                    "extra_bytes": int(values[0]) << 20,
+                    "params": {"n": 2, "classes": 5, "gamma": 0.5},
                 }
                 for name, values in samples.items()
             }
@@ -417,6 +443,14 @@ class TestTargets:
             ("within", 0.33, ("fast",), 1 / 3, False),
             ("us", 10.0, (), 10.0, True),
             ("share", 0.9, (), 0.8, False),
+            ("product", 3.0, ("fast",), 3.0, True),
+            ("product", 3.1, ("fast",), 3.0, False),
+            ("rate", 0.23, ("slow",), 2 / 9, True),  # a ninth of the time of all rows, for half of them
+            ("rate", 0.22, ("slow",), 2 / 9, False),
+            ("memory", 10 << 20, (), 10 << 20, True),
+            ("memory", (10 << 20) - 1, (), 10 << 20, False),
+            ("less", 0.34, ("slow", "fast"), 1 / 3, True),  # of the better of the two
+            ("less", 0.33, ("slow", "fast"), 1 / 3, False),
         ],
     )
     def test_measures(self, measure, limit, against, value, met):
@@ -424,6 +458,12 @@ class TestTargets:
         target = Target("cpu", "g", "case", "ours", measure, limit, against)
         assert target.value(results) == pytest.approx(value)
         assert target.met(target.value(results)) is met
+
+    def test_memory_that_was_not_measured_meets_nothing(self):
+        results = self.results(ours=[10.0], fast=[30.0])
+        results["g"]["case", "fast"]["extra_bytes"] = None
+        assert Target("cpu", "g", "case", "ours", "less", 1, ("fast",)).value(results) is None
+        assert Target("cpu", "g", "case", "fast", "memory", 1).value(results) is None
 
     def test_an_element_against_another_case(self):
         results = self.results(ours=[10.0])

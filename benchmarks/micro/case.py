@@ -24,13 +24,15 @@ class Unavailable(Exception):
 class Contender:
     """prepare() compiles or captures what is to be timed; gate() raises unless its result on the first buffer is right.
 
-    role: "ours", "part" (a stage of ours), "peer", or "floor" (read, copy).
+    role: "ours", "part" (a stage of ours), "peer", or "floor" (read, copy, product).
+    extra_bytes: how its memory is measured, None where it is not; by default by PyTorch's allocator.
     """
 
     name: str
     role: str
     prepare: Callable[[], Prepared]
     gate: Callable[[], Report] = dict
+    extra_bytes: Callable[[], int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Case:
     build: (device, buffers) -> contenders, with the inputs made; called once, just before the case is timed.
     finish: of a case whose callables are long samples that split themselves: {contender: record} to complete. Each is then
         called once to warm up and once a round, and what was compiled is kept for the next case.
+    floor: the contender whose time is the floor of the case, where it is not that of its bytes.
+    rounds: at least, where the time it is given holds fewer.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Case:
     min_bytes: int
     build: Callable[[torch.device, int], Sequence[Contender]]
     finish: Callable[[dict[str, dict[str, Any]]], None] | None = None
+    floor: str = ""
+    rounds: int = timing.MIN_ROUNDS
 
 
 @dataclass(frozen=True)
