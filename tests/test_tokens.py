@@ -338,7 +338,7 @@ def test_a_whole_step_is_one_graph(generator):
     """Score, choose, loss and backward: no break, no synchronisation, as CUDA graphs need them; without and with a state
     that equations read, in one compilation because it is the dear part."""
     selectors = [
-        [TokenSelector(rule, 0.3, per_sequence=True, ignore_index=IGNORE, impl="reference") for _ in "ab"]
+        [TokenSelector(rule, 0.3, per_sequence=True, ignore_index=IGNORE) for _ in "ab"]
         for rule in ("excess_loss", "adaselection")
     ]
     plain, traced = zip(*selectors, strict=True)
@@ -348,7 +348,7 @@ def test_a_whole_step_is_one_graph(generator):
             excess.select(hidden, weight, targets, reference=reference),
             adaselection.select(hidden, weight, targets),
         ]
-        settings = {"ignore_index": IGNORE, "impl": "reference"}
+        settings = {"ignore_index": IGNORE}
         losses = [selected_linear_cross_entropy(hidden, weight, targets, c.indices, **settings) for c in chosen]
         return sum(losses), chosen[0].mask, chosen[1].mask
 

@@ -79,6 +79,8 @@ def test_summary_files_and_tables(finished):
     assert (folder / "tokens_words.png").read_bytes().startswith(b"\x89PNG")
     assert results["config"]["head_share"] == pytest.approx(300 * 8 / (300 * 8 + 2 * (12 * 64 + 64)), rel=0.5)
     assert results["corpus"]["vocabulary"] <= 300
+    assert results["corpus"]["name"].startswith("text")  # the folder and the file, no more of the path
+    assert results["corpus"]["name"].endswith("/words.txt")
     for row in results["summary"]:
         of = [entry for entry in results["runs"] if entry["variant"] == row["variant"]]
         losses = [entry["bits_per_byte"] for entry in of]
@@ -237,7 +239,7 @@ def test_what_the_command_refuses(tmp_path, text_file, capsys):
     for text, message in (
         (missing, "missing.txt: No such file"),
         (tmp_path, "Is a directory"),
-        (short, "(short.txt) has 9 bytes"),
+        (short, "short.txt) has 9 bytes"),
     ):
         assert cli.main(["tokens", "--text", str(text), "--output", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err

@@ -38,7 +38,7 @@ def load_text(files: Sequence[Path]) -> tuple[bytes, str]:
 
     Raises ValueError, naming the file, for one that cannot be read, and for a text that is too short.
     """
-    name = ", ".join(file.name for file in files)
+    name = ", ".join(f"{file.resolve().parent.name}/{file.name}" for file in files)
     if not files:
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         name = f"the standard library of Python {sysconfig.get_python_version()}, its {len(files)} top-level sources"
