@@ -57,6 +57,11 @@ def check(got: Tensor, oracle: Tensor, theirs: Tensor, what: str) -> None:
         assert_within_budget(got, oracle, theirs, what)
 
 
+def check_one_row(got: Tensor, oracle: Tensor, theirs: Tensor, what: str) -> None:
+    """One row has one rounding of lse, which PyTorch's may happen to be without: no budget comes of it."""
+    torch.testing.assert_close(got, oracle.to(got.dtype), msg=what)
+
+
 def draw(generator, n: int, classes: int, dtype=torch.float32, scale=3.0, offset=0.0):
     logits = (torch.randn(n, classes, generator=generator, dtype=torch.float64) * scale + offset).to(dtype)
     targets = torch.randint(classes, (n,), generator=generator)
@@ -106,6 +111,7 @@ def test_linear_cross_entropy(generator, impl, dtype, n, width, classes):
     hidden, weight, bias, targets, indices = draw_linear(generator, n, width, classes, dtype)
     if n == 1:
         targets[0], indices = 2, torch.tensor([0])
+    judge = check_one_row if n == 1 else check
     for has_bias, options in ((False, PLAIN), (True, {**EVERYTHING, "logit_scale": 0.7})):
         inputs = (hidden, weight, bias if has_bias else None)
         mine, right, peer = fresh(*inputs), fresh(*inputs, dtype=torch.float64), fresh(*inputs)
@@ -117,11 +123,11 @@ def test_linear_cross_entropy(generator, impl, dtype, n, width, classes):
                 (unfused_linear, peer, {}),
             )
         ]
-        check(*results, "loss")
+        judge(*results, "loss")
         grads = [gradients(loss, *leaves) for loss, leaves in zip(results, (mine, right, peer), strict=True)]
         for name, got, oracle, theirs in zip(("hidden", "weight", "bias"), *grads, strict=False):
             assert got.dtype == dtype
-            check(got, oracle, theirs, f"gradient of {name}")
+            judge(got, oracle, theirs, f"gradient of {name}")
         if n > 1:
             out = torch.ones(n, dtype=torch.bool).index_fill(0, indices[:-2], False)
             assert torch.equal(grads[0][0][out], torch.zeros(int(out.sum()), width, dtype=dtype))
