@@ -203,12 +203,17 @@ class TestCorpus:
         assert tokens.count(256) == 1
         assert bytes(tokens[:3]) == b"one"  # at the start there is no space before it, so it is spelled
 
-    def test_parts_are_blocks_of_their_own(self, text_file):
+    def test_parts_are_blocks_of_their_own(self):
         text = b"".join(bytes([65 + i % 10]) * 3000 for i in range(20))  # a letter for each place among ten blocks
         corpus = make_corpus(text, "letters", TokensConfig(**TINY))
         assert set(corpus.train.tolist()) == set(b"ABCDEGH")
         assert set(corpus.held_out.tolist()) == set(b"F")
         assert set(corpus.reference.tolist()) == set(b"IJ")
+        reference = TokensConfig(**TINY).model(256)
+        for one in train.runs_of_seed(TokensConfig(**TINY), VARIANTS, 0, corpus, reference):
+            assert set(next(one.batches)[0].flatten().tolist()) <= set(b"ABCDEGH")
+        of_reference = train.reference_run(TokensConfig(**TINY), 0, corpus)
+        assert set(next(of_reference.batches)[0].flatten().tolist()) <= set(b"IJ")
         assert corpus.about["tokens"] == {"train": 42_000, "held_out": 6000, "reference": 12_000}
 
     def test_batches_are_windows_and_the_next_tokens(self):

@@ -57,7 +57,7 @@ class TokensConfig:
     heads: int = 4
     learning_rate: float = 3e-3  # AdamW's, after a warm-up over the first tenth; falls linearly to 0 at `seconds`
     weight_decay: float = 0.1
-    turns: int = 8
+    turns: int = 6
     held_out_windows: int = 96
 
     def __post_init__(self) -> None:
