@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import linear_scores
 from benchmarks.end_to_end.drawing import time_split
 from benchmarks.linear import drawing as linear
 from benchmarks.micro.case import DTYPES
@@ -30,17 +29,20 @@ FOOTER_INCHES = 0.25
 GRAPH_PEERS = ("naive", "compiled", "naive_graph", "compiled_graph")
 
 Document = Mapping[str, Any]
+Drawings = Mapping[str, Mapping[str, Callable[[Document], Figure | None]]]
 
 
 def file_name(group: str, kind: str, folder: str) -> str:
     return f"{'-'.join(filter(None, (group, kind)))}-{folder}.png"
 
 
-def draw(groups: Mapping[str, Document], out: Path, folder: str) -> dict[str, list[Path]]:
-    """Draw the figures of each group; returns the files by group."""
+def draw(
+    groups: Mapping[str, Document], out: Path, folder: str, drawings: Drawings | None = None
+) -> dict[str, list[Path]]:
+    """Draw the figures of each group, by DRAWINGS or those given; returns the files by group."""
     found: dict[str, list[Path]] = {}
     for name, document in groups.items():
-        for kind, drawing in DRAWINGS.get(name, {}).items():
+        for kind, drawing in (DRAWINGS if drawings is None else drawings).get(name, {}).items():
             figure = drawing(document) if any(_measured(document)) else None
             if figure is None:
                 continue
@@ -305,7 +307,7 @@ def _over_plain(document: Document) -> Figure | None:
 
 
 # group -> kind of figure -> drawing; None where there is too little to draw
-DRAWINGS: dict[str, dict[str, Callable[[Document], Figure | None]]] = {
+DRAWINGS: Drawings = {
     "fused_select": {"": _speedups},
     "per_sample_stats": {"": _bandwidth, "roofline": _roofline},
     "select_topk": {"": _topk},
@@ -313,5 +315,4 @@ DRAWINGS: dict[str, dict[str, Callable[[Document], Figure | None]]] = {
     "grad_norms": {"": _over_plain},
     "linear": {"": linear.rate, "gamma": linear.over_gamma, "memory": linear.memory},
     "end_to_end": {"": time_split},
-    linear_scores.GROUP: {"": linear_scores.drawing},
 }

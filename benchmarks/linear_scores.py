@@ -282,7 +282,7 @@ def main() -> None:
     from benchmarks import figures
 
     for folder, document in result_files():
-        figures.draw({GROUP: document}, DOCS / "figures", folder)
+        figures.draw({GROUP: document}, DOCS / "figures", folder, {GROUP: {"": drawing}})
         print(tables(document, folder))
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result_files()), encoding="utf-8")
 
