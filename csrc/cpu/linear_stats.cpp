@@ -10,9 +10,9 @@ namespace adaselect {
 namespace {
 
 // A block of logits: 2 MiB of float32, which the second and third level caches hold between the product and the
-// statistics. Measured at N = 2048, H = 512, V = 32,000 on two cores with 512 KiB of second-level cache each, CPU time
-// over that of the plain product: 0.88 for 512 x 1024, 0.88 to 0.95 for 512 x 256, 512 x 512 and 256 x 1024, 0.94 and
-// more for 128 rows, 1.06 and more for 2048 classes.
+// statistics. Measured at N = 2048, H = 512, V = 32,000 on two cores that others kept busy (noise of 0.1), CPU time
+// over that of the plain product: 0.88 to 1.05 for 512 x 1024, the least for no other of 128 to 512 rows by 256 to 2048
+// classes; 1.05 and more for 1024 rows or 2048 classes.
 constexpr int64_t kBlockRows = 512, kBlockClasses = 1024;
 // Features converted at a time where BLAS cannot take hidden or weight as they are: 512 to 2048 take the same time.
 constexpr int64_t kBlockFeatures = 512;
