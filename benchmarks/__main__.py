@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
     run.add_argument("--quick", action="store_true", help="tiny shapes: proves the suite, measures nothing")
-    run.add_argument("--width", type=int, help="end_to_end: channels of the first stage (default 64, on a CPU 16)")
+    run.add_argument("--width", type=int, help="end_to_end: channels of the first stage (default 64)")
     run.add_argument("--data", type=Path, metavar="FILE", help="end_to_end: .npz of uint8 images and labels")
 
     page = commands.add_parser("report", help="write docs/performance.md, its figures and the README table")

@@ -12,7 +12,7 @@ GAMMAS = (0.1, 0.2, 0.3, 0.4, 0.5)
 STAGES: tuple[str, ...] = ("score", "select", "update")
 MODES = ("eager", "compiled", "graph")
 LONGEST_CYCLE = 12  # candidate batches a sample, where a whole cycle of the buffer would take too long
-FULL_WIDTH, CPU_WIDTH = 64, 16
+FULL_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Settings:
 
 
 def settings_for(device: torch.device, quick: bool, width: int | None = None, data: Path | None = None) -> Settings:
-    """The full network in every mode on a GPU; a quarter of its width, eager and fewer steps, on a CPU."""
+    """The full network: in every mode on a GPU, eager and fewer steps on a CPU."""
     if quick:
         return Settings(width or 2, 8, 8, 10, (0.5,), (("float32", "eager"),), 2, True, data)
     if device.type == "cuda":
@@ -43,7 +43,7 @@ def settings_for(device: torch.device, quick: bool, width: int | None = None, da
         kinds += [("bfloat16", "compiled"), ("float32", "compiled")]
         return Settings(width or FULL_WIDTH, kinds=tuple(kinds), data=data)
     kinds = [("float32", "eager"), *[("bfloat16", "eager")] * fast_bfloat16()]
-    return Settings(width or CPU_WIDTH, kinds=tuple(kinds), pool=8, whole=False, data=data)
+    return Settings(width or FULL_WIDTH, kinds=tuple(kinds), pool=8, whole=False, data=data)
 
 
 def fast_bfloat16() -> bool:
