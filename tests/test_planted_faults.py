@@ -99,13 +99,13 @@ def test_ignored_rows_in_the_batch_mean():
 
 
 def test_ignored_positions_in_the_mean_of_a_sample():
-    def diluted(stat, values, kept, shape, right=reference._mean_over_positions):
-        return right(stat, values, torch.ones_like(kept), shape)
+    def diluted(stat, values, kept, right=reference.mean_over_positions):
+        return right(stat, values, torch.ones_like(kept))
 
     logits, targets = torch.randn(8, 5, 4), torch.randint(4, (8, 5))
     targets[:, ::2] = -100
     with pytest.raises(AssertionError, match="losses: element"):
-        check_fused_select(faulty((reference, "_mean_over_positions", diluted)), logits, targets, 0.5)
+        check_fused_select(faulty((reference, "mean_over_positions", diluted)), logits, targets, 0.5)
 
 
 def test_ignored_rows_counted_as_valid():
