@@ -131,7 +131,7 @@ def run_case(
         done[contender.name], prepared = _prepare(case, contender)
         if prepared is not None:
             ready[contender.name] = prepared
-    settings = {"min_sample_s": 1e-4, "warm_s": 0.0} if quick else {"min_rounds": case.rounds}
+    settings: dict[str, Any] = {"min_sample_s": 1e-4, "warm_s": 0.0} if quick else {"min_rounds": case.rounds}
     if case.finish is not None:
         settings = {"min_sample_s": 0.0, "warm_s": 0.0}
     samples = timing.interleave(ready, device, budget_s=budget_s, deadline=deadline, **settings)
