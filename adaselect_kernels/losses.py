@@ -90,8 +90,9 @@ def selected_linear_cross_entropy(
 ) -> Tensor:
     """`selected_cross_entropy` of logit_scale (hidden weight^T + bias), whose logits are never stored.
 
-    Differentiable in hidden, weight and bias. Forward and backward take k / N of the time of all rows: one product forward,
-    and backward the product again, a block of classes at a time, and the two of the gradients. Sums are accumulated in
+    Differentiable in hidden, weight and bias. Forward and backward compute k / N of the products of all rows: one forward, and
+    backward the same again, a block of classes at a time, and the two of the gradients; what does not shrink with k is to write
+    the gradient of weight [V, H] (docs/performance.md has the measured share). Sums are accumulated in
     float32 (float64 for float64 hidden), also over blocks, and gradients rounded once, to the dtype of their tensor. Under
     torch.autocast hidden, weight and bias are cast as torch.nn.functional.linear casts them.
 
