@@ -36,20 +36,12 @@ from adaselect_kernels.linear import (
     stats_from_partials,
     stats_of_methods,
 )
-from adaselect_kernels.losses import (
-    check_loss,
-    differentiable_once,
-    reduce_losses,
-    rows_and_targets,
-    rows_to_read,
-    weights_of_rows,
-)
+from adaselect_kernels.losses import LOSS_AND_LSE, check_loss, classifier_loss
 from adaselect_kernels.ops import rows_of
-from adaselect_kernels.options import METHODS, ORDERS, STATS, AdaSelectionOptions, check_methods, require_choice
+from adaselect_kernels.options import METHODS, ORDERS, AdaSelectionOptions, check_methods, require_choice
 from adaselect_kernels.reference import valid_samples
 from adaselect_kernels.state import AdaSelectionState
 
-_WANTED = [STATS.index("loss"), STATS.index("lse")]
 _SIZES = WeakIdKeyDictionary()  # weight: {group: sizes of all shards}, exchanged once
 
 
@@ -167,49 +159,12 @@ def vocab_parallel_cross_entropy(
     """
     check_rows("hidden", "H", hidden, targets)
     z_loss = check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
-    shard = _shard(weight_shard, group, shard_sizes)
+    shard = _shard(weight_shard, group, shard_sizes, impl)
     hidden, weight, bias = autocast_linear(hidden, weight_shard, bias_shard)
     check_linear(hidden, weight, bias, softcap, logit_scale)
-    backend = dispatch.resolve(impl, hidden.device)
-    rows, y = rows_and_targets(indices, targets, shard.classes, ignore_index)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    chosen = hidden.index_select(0, rows_to_read(rows, hidden.shape[0]))
-    settings = (float(label_smoothing), softcap or 0.0, float(logit_scale), z_loss)
-    losses = _VocabParallelCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, backend, shard)
-    return reduce_losses(losses, y, ignore_index, reduction)
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Losses [k] of rows [k, H] under the shards of a linear classifier."""
-
-    @staticmethod
-    def forward(ctx: Any, rows, weight, bias, y, ignore_index, settings, backend, shard) -> Tensor:
-        label_smoothing, softcap, logit_scale, z_loss = settings
-        losses, lse = _stats(
-            backend, shard, rows.detach(), weight.detach(), y, None if bias is None else bias.detach(), _WANTED, "token",
-            (ignore_index, label_smoothing), (softcap, logit_scale),
-        )  # fmt: skip
-        if z_loss > 0:
-            losses = losses + z_loss * lse.square()
-        ctx.save_for_backward(rows, weight, bias, y, losses, lse)
-        ctx.ignore_index, ctx.settings, ctx.backend, ctx.shard = ignore_index, settings, backend, shard
-        return losses
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, weight, bias, y, losses, lse = ctx.saved_tensors
-        shard, wanted = ctx.shard, list(ctx.needs_input_grad[:3])
-        row_weight = weights_of_rows(grad, losses, y, ctx.ignore_index)
-        grads = ctx.backend.linear_loss_backward(
-            row_weight, rows, weight, y, lse, bias, shard.first, shard.classes, *ctx.settings, wanted
-        )
-        grads = [g if want else None for g, want in zip(grads, wanted, strict=True)]
-        if grads[0] is not None:
-            whole = grads[0].contiguous()
-            dist.all_reduce(whole, group=shard.group)
-            grads[0] = whole.to(rows.dtype)
-        return *grads, *[None] * 5
+    dispatch.resolve(impl, hidden.device)  # refused before any work
+    settings = (float(label_smoothing), float(softcap or 0.0), float(logit_scale), z_loss)
+    return classifier_loss(hidden, weight, bias, targets, indices, ignore_index, settings, reduction, shard)
 
 
 class _Shard(NamedTuple):
@@ -218,6 +173,7 @@ class _Shard(NamedTuple):
     group: Any
     rank: int
     sizes: tuple[int, ...]
+    impl: str
 
     @property
     def first(self) -> int:
@@ -227,6 +183,17 @@ class _Shard(NamedTuple):
     def classes(self) -> int:
         return sum(self.sizes)
 
+    def losses_and_lse(self, rows, weight, bias, y, ignore_index, label_smoothing, softcap, logit_scale) -> Tensor:
+        """[2, k], as of the whole classifier: see losses.Whole."""
+        labels, logits = (ignore_index, label_smoothing), (softcap, logit_scale)
+        backend = dispatch.resolve(self.impl, rows.device)
+        return _stats(backend, self, rows, weight, y, bias, LOSS_AND_LSE, "token", labels, logits)
+
+    def whole_gradient(self, rows_grad: Tensor) -> Tensor:
+        rows_grad = rows_grad.contiguous()
+        dist.all_reduce(rows_grad, group=self.group)
+        return rows_grad
+
 
 def _score(
     hidden, weight_shard, targets, codes, group, shard_sizes, bias_shard, softcap, logit_scale, unit, ignore_index,
@@ -235,7 +202,7 @@ def _score(
     """The implementation, and the statistics [S, samples]; what is wrong on every rank raises before any communication."""
     check_approximation(codes, score_dtype, vocab_stride)
     check_rows("hidden", "H", hidden, targets)
-    shard = _shard(weight_shard, group, shard_sizes)
+    shard = _shard(weight_shard, group, shard_sizes, impl)
     hidden, weight, bias = check_classifier(
         hidden,
         weight_shard,
@@ -251,7 +218,7 @@ def _score(
     check_targets(targets, shard.classes, ignore_index)
     check_stride(min(shard.sizes), vocab_stride)
     backend = dispatch.resolve(impl, hidden.device)
-    labels, logits = (ignore_index, float(label_smoothing)), (softcap or 0.0, float(logit_scale))
+    labels, logits = (ignore_index, float(label_smoothing)), (float(softcap or 0.0), float(logit_scale))
     approximation = (score_dtype, vocab_stride)
     return backend, _stats(backend, shard, hidden, weight, targets, bias, codes, unit, labels, logits, approximation)
 
@@ -270,7 +237,7 @@ def _stats(
     return stats_from_partials(backend, gathered.view(ranks, kinds, rows), targets, shard.classes, codes, unit, *labels)
 
 
-def _shard(weight: Tensor, group: Any, shard_sizes: Sequence[int] | None) -> _Shard:
+def _shard(weight: Tensor, group: Any, shard_sizes: Sequence[int] | None, impl: str) -> _Shard:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("there is no process group: call torch.distributed.init_process_group first")
     group = dist.group.WORLD if group is None else group
@@ -282,13 +249,13 @@ def _shard(weight: Tensor, group: Any, shard_sizes: Sequence[int] | None) -> _Sh
     if weight.dim() != 2:
         raise ValueError(f"weight must be [V_r, H], got shape {tuple(weight.shape)}")
     if shard_sizes is not None:
-        return _Shard(group, rank, _check_sizes(weight, rank, dist.get_world_size(group), shard_sizes))
+        return _Shard(group, rank, _check_sizes(weight, rank, dist.get_world_size(group), shard_sizes), impl)
     if torch.compiler.is_compiling():
         raise RuntimeError("sizes of shards cannot be exchanged while tracing: pass shard_sizes")
     known: dict[Any, tuple[int, ...]] = _SIZES.setdefault(weight, {})  # pyright: ignore[reportAssignmentType]
     if group not in known:
         known[group] = _exchange_sizes(weight, group)
-    return _Shard(group, rank, known[group])
+    return _Shard(group, rank, known[group], impl)
 
 
 def _check_sizes(weight: Tensor, rank: int, ranks: int, shard_sizes: Sequence[int]) -> tuple[int, ...]:

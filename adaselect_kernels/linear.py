@@ -87,7 +87,7 @@ def linear_per_sample_stats(
     check_stride(weight.shape[0], vocab_stride)
     backend = dispatch.resolve(impl, hidden.device)
     labels = (unit, ignore_index, float(label_smoothing))
-    logits = (softcap or 0.0, float(logit_scale))
+    logits = (float(softcap or 0.0), float(logit_scale))
     if score_dtype is None and vocab_stride == 1:
         table = backend.linear_per_sample_stats(hidden, weight, targets, bias, codes, *labels, *logits)
     else:
@@ -142,7 +142,7 @@ def fused_linear_select(
     backend = dispatch.resolve(impl, hidden.device)
     codes = [METHODS.index(name) for name in names]
     labels = (ignore_index, float(label_smoothing))
-    logits = (softcap or 0.0, float(logit_scale))
+    logits = (float(softcap or 0.0), float(logit_scale))
     if score_dtype is None and vocab_stride == 1:
         return Selection(
             *backend.fused_linear_select(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from adaselect_kernels.linear import autocast_linear, statistics_dtype
 from adaselect_kernels.options import STATS, require_choice
 
 REDUCTIONS = ("mean", "sum", "none")
-_WANTED = [STATS.index("loss"), STATS.index("lse")]
+LOSS_AND_LSE = [STATS.index("loss"), STATS.index("lse")]
 
 
 def selected_cross_entropy(
@@ -111,11 +111,35 @@ def selected_linear_cross_entropy(
     check_linear(hidden, weight, bias, softcap, logit_scale)
     z_loss = check_loss(indices, targets, reduction, ignore_index, label_smoothing, softcap, z_loss)
     dispatch.resolve(impl, hidden.device)  # refused before any work
-    rows, y = rows_and_targets(indices, targets, weight.shape[0], ignore_index)
+    settings = (float(label_smoothing), float(softcap or 0.0), float(logit_scale), z_loss)
+    return classifier_loss(
+        hidden, weight, bias, targets, indices, ignore_index, settings, reduction, Whole(weight.shape[0], impl)
+    )
+
+
+class Whole(NamedTuple):
+    """A classifier all of whose classes are here. distributed.py has the other kind, a shard."""
+
+    classes: int
+    impl: str
+    first: int = 0  # class of the first row of weight
+
+    def losses_and_lse(self, rows, weight, bias, y, ignore_index, label_smoothing, softcap, logit_scale) -> Tensor:
+        """[2, k]"""
+        return dispatch.resolve(self.impl, rows.device).linear_per_sample_stats(
+            rows, weight, y, bias, LOSS_AND_LSE, "sample", ignore_index, label_smoothing, softcap, logit_scale
+        )
+
+    def whole_gradient(self, rows_grad: Tensor) -> Tensor:
+        return rows_grad
+
+
+def classifier_loss(hidden, weight, bias, targets, indices, ignore_index, settings, reduction, classifier) -> Tensor:
+    """The loss of the chosen rows; what is checked already, classifier: a Whole, or a shard."""
+    rows, y = rows_and_targets(indices, targets, classifier.classes, ignore_index)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     chosen = hidden.index_select(0, rows_to_read(rows, hidden.shape[0]))
-    settings = (float(label_smoothing), float(softcap or 0.0), float(logit_scale), z_loss)
-    losses = _LinearCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, impl)
+    losses = _LinearCrossEntropy.apply(chosen, weight, bias, y, ignore_index, settings, classifier)
     return reduce_losses(losses, y, ignore_index, reduction)
 
 
@@ -139,7 +163,7 @@ class _CrossEntropy(torch.autograd.Function):
         if softcap > 0:
             chosen = softcap * (chosen.to(statistics_dtype(chosen)) / softcap).tanh()
         losses, lse = dispatch.resolve(impl, logits.device).per_sample_stats(
-            chosen, y, _WANTED, "sample", ignore_index, label_smoothing
+            chosen, y, LOSS_AND_LSE, "sample", ignore_index, label_smoothing
         )
         if z_loss > 0:
             losses = losses + z_loss * lse.square()
@@ -164,30 +188,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Losses [k] of rows [k, H] under a linear classifier."""
 
     @staticmethod
-    def forward(ctx: Any, rows, weight, bias, y, ignore_index, settings, impl) -> Tensor:
-        label_smoothing, softcap, logit_scale, z_loss = settings
-        losses, lse = dispatch.resolve(impl, rows.device).linear_per_sample_stats(
-            rows.detach(), weight.detach(), y, None if bias is None else bias.detach(), _WANTED, "sample", ignore_index,
-            label_smoothing, softcap, logit_scale,
-        )  # fmt: skip
+    def forward(ctx: Any, rows, weight, bias, y, ignore_index, settings, classifier) -> Tensor:
+        *form, z_loss = settings
+        bias_values = None if bias is None else bias.detach()
+        losses, lse = classifier.losses_and_lse(rows.detach(), weight.detach(), bias_values, y, ignore_index, *form)
         if z_loss > 0:
             losses = losses + z_loss * lse.square()
         ctx.save_for_backward(rows, weight, bias, y, losses, lse)
-        ctx.ignore_index, ctx.settings, ctx.impl = ignore_index, settings, impl
+        ctx.ignore_index, ctx.settings, ctx.classifier = ignore_index, settings, classifier
         return losses
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, bias, y, losses, lse = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in range(3)]
+        wanted, classifier = [ctx.needs_input_grad[i] for i in range(3)], ctx.classifier
         row_weight = weights_of_rows(grad, losses, y, ctx.ignore_index)
-        grads = dispatch.resolve(ctx.impl, rows.device).linear_loss_backward(
-            row_weight, rows, weight, y, lse, bias, 0, weight.shape[0], *ctx.settings, wanted
+        grads = dispatch.resolve(classifier.impl, rows.device).linear_loss_backward(
+            row_weight, rows, weight, y, lse, bias, classifier.first, classifier.classes, *ctx.settings, wanted
         )
         grads = [g if want else None for g, want in zip(grads, wanted, strict=True)]
         if grads[0] is not None:
-            grads[0] = grads[0].to(rows.dtype)
+            grads[0] = classifier.whole_gradient(grads[0]).to(rows.dtype)
         return *grads, None, None, None, None
 
 
