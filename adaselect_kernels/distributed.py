@@ -32,13 +32,12 @@ from adaselect_kernels.linear import (
     check_stride,
     partial_stats,
     select_from_stats,
-    statistics_dtype,
     stats_from_partials,
     stats_of_methods,
 )
 from adaselect_kernels.losses import LOSS_AND_LSE, check_loss, classifier_loss
 from adaselect_kernels.ops import rows_of
-from adaselect_kernels.options import METHODS, ORDERS, AdaSelectionOptions, check_methods, require_choice
+from adaselect_kernels.options import METHODS, ORDERS, AdaSelectionOptions, check_methods, compute_dtype, require_choice
 from adaselect_kernels.reference import valid_samples
 from adaselect_kernels.state import AdaSelectionState
 
@@ -83,7 +82,7 @@ def vocab_parallel_stats(
         hidden, weight_shard, targets, codes, group, shard_sizes, bias_shard, softcap, logit_scale, unit, ignore_index,
         label_smoothing, score_dtype, vocab_stride, impl,
     )  # fmt: skip
-    return SampleStats(**dict(zip(stats, table.to(statistics_dtype(hidden)).unbind(0), strict=True)))
+    return SampleStats(**dict(zip(stats, table.to(compute_dtype(hidden)).unbind(0), strict=True)))
 
 
 def vocab_parallel_select(

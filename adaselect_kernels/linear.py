@@ -26,6 +26,7 @@ from adaselect_kernels.options import (
     STATS,
     AdaSelectionOptions,
     check_methods,
+    compute_dtype,
     require_choice,
 )
 from adaselect_kernels.reference import mean_over_positions, valid_samples
@@ -79,7 +80,7 @@ def linear_per_sample_stats(
     """
     codes = check_stats(stats)
     check_approximation(codes, score_dtype, vocab_stride)
-    exact = statistics_dtype(hidden)
+    given = hidden
     hidden, weight, bias = check_classifier(
         hidden, weight, targets, bias, softcap, logit_scale, unit, ignore_index, label_smoothing, score_dtype
     )
@@ -94,7 +95,7 @@ def linear_per_sample_stats(
         table = _approximate_stats(
             backend, hidden, weight, targets, bias, codes, *labels, *logits, score_dtype, vocab_stride
         )
-    return SampleStats(**dict(zip(stats, table.to(exact).unbind(0), strict=True)))
+    return SampleStats(**dict(zip(stats, table.to(compute_dtype(given)).unbind(0), strict=True)))
 
 
 def fused_linear_select(
@@ -299,7 +300,3 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     size = max(1, _BLOCK // rows.shape[1])
     blocks = zip(rows.split(size), scale[:, None].split(size), strict=True)
     return torch.cat([(block.to(torch.float32) / s).to(torch.float8_e4m3fn) for block, s in blocks]), scale
-
-
-def statistics_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if getattr(hidden, "dtype", None) == torch.float64 else torch.float32

@@ -18,8 +18,8 @@ from adaselect_kernels.checks import (
     check_targets,
     may_synchronise,
 )
-from adaselect_kernels.linear import autocast_linear, statistics_dtype
-from adaselect_kernels.options import STATS, require_choice
+from adaselect_kernels.linear import autocast_linear
+from adaselect_kernels.options import STATS, compute_dtype, require_choice
 
 REDUCTIONS = ("mean", "sum", "none")
 LOSS_AND_LSE = [STATS.index("loss"), STATS.index("lse")]
@@ -161,7 +161,7 @@ class _CrossEntropy(torch.autograd.Function):
         label_smoothing, softcap, z_loss = settings
         chosen = logits.detach().index_select(0, rows_to_read(rows, logits.shape[0]))
         if softcap > 0:
-            chosen = softcap * (chosen.to(statistics_dtype(chosen)) / softcap).tanh()
+            chosen = softcap * (chosen.to(compute_dtype(chosen)) / softcap).tanh()
         losses, lse = dispatch.resolve(impl, logits.device).per_sample_stats(
             chosen, y, LOSS_AND_LSE, "sample", ignore_index, label_smoothing
         )

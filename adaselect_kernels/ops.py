@@ -61,7 +61,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adaselect_kernels.options import PARTIALS
+from adaselect_kernels.options import PARTIALS, compute_dtype
 
 LIBRARY = torch.library.Library("adaselect", "DEF")
 
@@ -122,15 +122,11 @@ def rows_of(logits: Tensor, unit: str) -> int:
     return logits.shape[0] * logits.shape[1] if logits.dim() == 3 and unit == "token" else logits.shape[0]
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("adaselect::per_sample_stats", lib=LIBRARY)
 def _(
     logits: Tensor, targets: Tensor, stats: Sequence[int], unit: str, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    return logits.new_empty((len(stats), rows_of(logits, unit)), dtype=_compute_dtype(logits))
+    return logits.new_empty((len(stats), rows_of(logits, unit)), dtype=compute_dtype(logits))
 
 
 @torch.library.register_fake("adaselect::batch_scores", lib=LIBRARY)
@@ -167,7 +163,7 @@ def _(
 
 @torch.library.register_fake("adaselect::linear_per_sample_stats", lib=LIBRARY)
 def _(hidden, weight, targets, bias, stats, unit, ignore_index, label_smoothing, softcap, logit_scale) -> Tensor:
-    return hidden.new_empty((len(stats), rows_of(hidden, unit)), dtype=_compute_dtype(hidden))
+    return hidden.new_empty((len(stats), rows_of(hidden, unit)), dtype=compute_dtype(hidden))
 
 
 @torch.library.register_fake("adaselect::fused_linear_select", lib=LIBRARY)
@@ -189,7 +185,7 @@ def _(
     hidden, weight, targets, bias, hidden_scale, weight_scale, first_class, class_stride, stats, ignore_index,
     label_smoothing, softcap, logit_scale,
 ) -> Tensor:  # fmt: skip
-    return hidden.new_empty((len(PARTIALS), hidden.shape[0]), dtype=_compute_dtype(hidden))
+    return hidden.new_empty((len(PARTIALS), hidden.shape[0]), dtype=compute_dtype(hidden))
 
 
 @torch.library.register_fake("adaselect::combine_partials", lib=LIBRARY)
@@ -207,7 +203,7 @@ def _(
     row_weight, rows, weight, targets, lse, bias, first_class, classes, label_smoothing, softcap, logit_scale, z_loss, wanted,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
-        rows.new_empty(rows.shape if wanted[0] else (0,), dtype=_compute_dtype(rows)),
+        rows.new_empty(rows.shape if wanted[0] else (0,), dtype=compute_dtype(rows)),
         weight.new_empty(weight.shape if wanted[1] else (0,)),
         weight.new_empty(weight.shape[:1] if wanted[2] else (0,)),
     )
@@ -224,7 +220,7 @@ def _(features: Tensor, rows: Tensor, theta: Tensor, norm: float, k: int, larges
 
 
 def _sq_norms(grads: Tensor) -> Tensor:
-    return grads.new_empty((grads.shape[0],), dtype=_compute_dtype(grads))
+    return grads.new_empty((grads.shape[0],), dtype=compute_dtype(grads))
 
 
 @torch.library.register_fake("adaselect::linear_grad_sq_norms", lib=LIBRARY)

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 METHODS = ("big_loss", "small_loss", "grad_norm", "adaboost", "coreset1", "coreset2", "uniform")
 STATS = ("loss", "lse", "grad_norm", "margin", "top2_margin", "entropy", "confidence", "correct")
 # Rows of `linear_partials`: of a row's logits z_j over a set of classes, the target y left out, with the largest m and
@@ -25,6 +28,11 @@ GRAD_NORM_SOURCES = ("logits", "last_layer", "last_k", "norm_layers", "hutchinso
 
 ADABOOST_EPS = 1e-6  # t = max(l, 0) / ((1 + eps) max l)
 STD_EPS = 1e-6  # u = (l - mean l) / (std l + eps)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Of sums and statistics over `tensor`: float64 for float64, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class PackedOptions(NamedTuple):

@@ -29,6 +29,7 @@ from adaselect_kernels.kernels.runtime import (
     launch_device,
     multiprocessors,
 )
+from adaselect_kernels.options import compute_dtype
 
 # NumPy has no bfloat16: interpreted products are taken in float32, in which those of 16-bit numbers are exact.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -562,10 +563,6 @@ def conv_layer(input: Tensor, grads: Tensor, kernel_size, stride, padding, dilat
         input, grads, grads.shape[0], groups, grads.shape[1], grads.shape[2] // groups, in_group * volume, strides, dims,
         geometry, wide, input.stride(-1) == 1 != input.stride(1), strides[4] == 1 != strides[5],
     )  # fmt: skip
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def precision(tensor: Tensor) -> str:

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adaselect_kernels.kernels.batch_stage import make_plan
 from adaselect_kernels.kernels.fused import select_from_stats, wanted_stats
-from adaselect_kernels.kernels.grad_norms import compute_dtype, dot, precision, roomy
+from adaselect_kernels.kernels.grad_norms import dot, precision, roomy
 from adaselect_kernels.kernels.maths import float64_from_bits, float_bits, strided_offset, tanh
 from adaselect_kernels.kernels.row_stats import (
     NEEDS_ENTROPY,
@@ -48,7 +48,7 @@ from adaselect_kernels.kernels.runtime import (
     multiprocessors,
     next_power_of_2,
 )
-from adaselect_kernels.options import PARTIALS, STATS
+from adaselect_kernels.options import PARTIALS, STATS, compute_dtype
 
 UNUSED = tl.constexpr(15)  # the place of a row of PARTIALS nobody reads
 

@@ -22,6 +22,7 @@ from adaselect_kernels.kernels.runtime import (
     launch_device,
     next_power_of_2,
 )
+from adaselect_kernels.options import compute_dtype
 
 
 @triton.jit
@@ -240,10 +241,6 @@ class Settings(NamedTuple):
         return tuple(map(float_bits, (self.label_smoothing, share, self.softcap, self.logit_scale, self.z_loss)))
 
 
-def _statistics_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 class _Plan(NamedTuple):
     launch: Launch
     exact_lse: bool  # takes that of exact_lse_kernel
@@ -365,7 +362,7 @@ def _mixes_types(device: torch.device) -> bool:
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, beta: int = 0) -> None:
     """out = beta out + a b, beta 0 or 1, accumulated in the dtype of the statistics and rounded once, to that of out."""
-    if out.dtype == a.dtype and (_mixes_types(a.device) or a.dtype == _statistics_dtype(a)):
+    if out.dtype == a.dtype and (_mixes_types(a.device) or a.dtype == compute_dtype(a)):
         torch.addmm(out, a, b, beta=beta, out=out) if beta else torch.mm(a, b, out=out)
     elif _mixes_types(a.device):
         if beta:
@@ -373,7 +370,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, beta: int = 0) -> None:
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        product = torch.mm(a.to(_statistics_dtype(a)), b.to(_statistics_dtype(b)))
+        product = torch.mm(a.to(compute_dtype(a)), b.to(compute_dtype(b)))
         out.copy_(out + product if beta else product)
 
 
@@ -383,7 +380,7 @@ def linear_loss_backward(
     classes: int, label_smoothing: float, softcap: float, logit_scale: float, z_loss: float, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A block of products takes BLOCK_BYTES whatever the sizes are; its gradient, of half types, half as much more."""
-    compute, device = _statistics_dtype(rows), rows.device
+    compute, device = compute_dtype(rows), rows.device
     n_rows, n_classes = rows.shape[0], weight.shape[0]
     settings = Settings(label_smoothing, softcap, logit_scale, z_loss, classes)
     rows_grad = torch.empty(rows.shape if wanted[0] else (0,), dtype=compute, device=device)
