@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from benchmarks.paper.settings import BETA_RATE, METHODS
 from benchmarks.paper.tables import Results, Spread, chosen, time_ratio
@@ -168,11 +169,20 @@ def _beta(results: Results) -> Figure | None:
     return figure
 
 
+class _PlainLog(LogFormatter):
+    """0.2 where Matplotlib writes 2 x 10^-1; the same ticks have a label."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _finish_axes(axes: Any, results: Results, x: str, note: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(f"test {results.summary['metric']}")
     if not results.summary["higher_is_better"]:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_PlainLog())
+        axes.yaxis.set_minor_formatter(_PlainLog(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.set_title(", ".join(filter(None, (results.summary["title"], note))), fontsize=10)
     _legend_beside(axes)
 
