@@ -66,6 +66,8 @@ struct ClassSums : RowSums<T> {
   bool has_nan = false;
 };
 
+inline constexpr int64_t kLogitsClasses = 1024;  // of a block of logits, at most
+
 // Products of hidden rows with `classes` rows of weight, each `pitch` after the other.
 template <class T>
 struct LogitsBlock {

@@ -14,7 +14,7 @@ namespace {
 // over that of the plain product: 0.88 for 512 x 1024 (0.87 to 1.05 when repeated), 0.88 to 0.99 for other blocks of
 // 128 to 512 rows by 256 to 1024 classes, 1.03 to 1.15 for 2048 classes, 1.05 for 1024 rows x 256. More was not
 // measured.
-constexpr int64_t kBlockRows = 512, kBlockClasses = 1024;
+constexpr int64_t kBlockRows = 512, kBlockClasses = kLogitsClasses;
 // Features converted at a time where BLAS cannot take hidden or weight as they are: 512 to 2048 take the same time.
 constexpr int64_t kBlockFeatures = 512;
 // Tasks a call is cut into where the shape allows: work for the cores of a large machine. The cut depends on the shape

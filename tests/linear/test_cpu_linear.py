@@ -19,6 +19,7 @@ from adaselect_kernels import (
     reference,
 )
 from adaselect_kernels.options import METHODS, PARTIALS, STATS
+from tests.linear.unfused import eager, widened
 from tests.oracle import assert_within_budget, check_choice, check_scores, check_state
 
 kernels = dispatch.EXTENSION
@@ -42,22 +43,6 @@ def problem(generator, rows, features, classes, dtype=torch.float32):
     if rows > 2:
         targets[rows // 2] = -100
     return hidden, weight, targets, normal(generator, classes, dtype=dtype)
-
-
-def widened(tensor):
-    return None if tensor is None else tensor.to(reference.compute_dtype(tensor.dtype))
-
-
-def eager(call, hidden, weight, exact):
-    """call(hidden, weight) unfused in the dtype of the statistics, element by element the worst of several orders of
-    summation: one order may be lucky."""
-    hidden, weight = widened(hidden), widened(weight)
-    worst = call(hidden, weight)
-    for shift in (1, 5, 11):
-        order = torch.arange(hidden.shape[-1]).roll(shift)
-        other = call(hidden[..., order], weight[..., order])
-        worst = torch.where((other - exact).abs() > (worst - exact).abs(), other, worst)
-    return worst
 
 
 def compare(names, got, exact, peer):

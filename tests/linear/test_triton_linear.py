@@ -19,6 +19,7 @@ from adaselect_kernels import AdaSelectionOptions, kernels, reference
 from adaselect_kernels.kernels import linear, runtime
 from adaselect_kernels.linear import to_float8
 from adaselect_kernels.options import METHODS, PARTIALS, STATS
+from tests.linear.unfused import eager, widened
 from tests.oracle import assert_within_budget, check_choice, check_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter: inf - inf
@@ -77,34 +78,16 @@ def labels(generator, n, classes):
     return targets
 
 
-def wide(tensor):
-    return tensor.to(reference.compute_dtype(tensor.dtype))
-
-
-def eager(call, hidden, weight, exact):
-    """call(hidden, weight) in the dtype of the statistics, element by element the worst of four orders of summation.
-
-    One order may be lucky: a few rows of a few features have hardly any rounding.
-    """
-    hidden, weight = wide(hidden), wide(weight)
-    worst = call(hidden, weight)
-    for shift in (1, 5, 11):
-        order = torch.arange(hidden.shape[-1]).roll(shift)
-        other = call(hidden[..., order], weight[..., order])
-        worst = torch.where((other - exact).abs() > (worst - exact).abs(), other, worst)
-    return worst
-
-
 def check_rows(names, got, exact, peer, largest=0.0):
     """largest: of the logits. A margin is a difference of two of them, each with a rounding of its own at least."""
     least = torch.finfo(torch.float32).eps * largest
-    for name, mine, right, eager in zip(names, got, exact, peer, strict=True):
+    for name, mine, right, theirs in zip(names, got, exact, peer, strict=True):
         if "margin" in name:
-            eager = torch.where((eager - right).abs() < least, right + least, eager)
+            theirs = torch.where((theirs - right).abs() < least, right + least, theirs)
         if got.dtype == torch.float64:  # the oracle itself, in another order
             torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12, equal_nan=True)
         else:
-            assert_within_budget(mine, right, eager, name)
+            assert_within_budget(mine, right, theirs, name)
 
 
 def check(hidden, weight, targets, bias=None, stats=ALL, smoothing=0.0, softcap=0.0, scale=1.0, unit="token"):
@@ -366,7 +349,10 @@ def test_fused_linear_select(generator, launches, shape, unit, dtype):
     indices, scores, losses, n_valid = kernels.fused_linear_select(hidden, weight, targets, bias, *rest)
     exact, peer = (
         reference.fused_linear_select(h, w, targets, b, *rest)
-        for h, w, b in ((hidden.double(), weight.double(), bias.double()), (wide(hidden), wide(weight), wide(bias)))
+        for h, w, b in (
+            (hidden.double(), weight.double(), bias.double()),
+            (widened(hidden), widened(weight), widened(bias)),
+        )
     )
     expected = ["product", "merge", "mean"] if unit == "sample" and len(shape) > 1 else ["product", "merge"]
     assert names(launches)[: len(expected)] == expected
