@@ -15,9 +15,8 @@ namespace {
 // 128 to 512 rows by 256 to 1024 classes, 1.03 to 1.15 for 2048 classes, 1.05 for 1024 rows x 256. More was not
 // measured.
 constexpr int64_t kBlockRows = 512, kBlockClasses = kLogitsClasses;
-// Features multiplied, and where BLAS cannot take hidden or weight as they are converted, at a time: 512 to 2048 take
-// the same time. A product of few rows over 8192 features at once had two thirds more rounding than its sums of 512.
-constexpr int64_t kBlockFeatures = 512;
+// Features converted at a time where BLAS cannot take hidden or weight as they are: 512 to 2048 take the same time.
+constexpr int64_t kBlockFeatures = kProductTerms;
 // Tasks a call is cut into where the shape allows: work for the cores of a large machine. The cut depends on the shape
 // alone, so that results do not depend on the number of threads.
 constexpr int64_t kTasks = 64;

@@ -103,10 +103,10 @@ def test_cross_entropy(generator, impl, dtype, n, classes):
     assert torch.equal(logits, before), "logits were written"
 
 
-# Tiles of 128 rows and 256 classes, their edges, and one row; widths of part of a vector and of many.
+# Tiles of 128 rows and 256 classes, their edges, and one row; widths of part of a vector, of many, and the most.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "width", "classes"), [(1, 16, 5), (40, 3, 257), (275, 40, 700)])
+@pytest.mark.parametrize(("n", "width", "classes"), [(1, 16, 5), (40, 3, 257), (275, 40, 700), (48, 8192, 60)])
 def test_linear_cross_entropy(generator, impl, dtype, n, width, classes):
     hidden, weight, bias, targets, indices = draw_linear(generator, n, width, classes, dtype)
     if n == 1:
