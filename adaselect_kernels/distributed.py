@@ -35,7 +35,7 @@ from adaselect_kernels.linear import (
     stats_from_partials,
     stats_of_methods,
 )
-from adaselect_kernels.losses import LOSS_AND_LSE, check_loss, classifier_loss
+from adaselect_kernels.losses import LOSS, check_loss, classifier_loss
 from adaselect_kernels.ops import rows_of
 from adaselect_kernels.options import METHODS, ORDERS, AdaSelectionOptions, check_methods, compute_dtype, require_choice
 from adaselect_kernels.reference import valid_samples
@@ -182,11 +182,11 @@ class _Shard(NamedTuple):
     def classes(self) -> int:
         return sum(self.sizes)
 
-    def losses_and_lse(self, rows, weight, bias, y, ignore_index, label_smoothing, softcap, logit_scale) -> Tensor:
-        """[2, k], as of the whole classifier: see losses.Whole."""
+    def partials(self, rows, weight, bias, y, ignore_index, label_smoothing, softcap, logit_scale) -> Tensor:
+        """[R, PARTIALS, k] of the ranks, in their order: see losses.Whole."""
         labels, logits = (ignore_index, label_smoothing), (softcap, logit_scale)
         backend = dispatch.resolve(self.impl, rows.device)
-        return _stats(backend, self, rows, weight, y, bias, LOSS_AND_LSE, "token", labels, logits)
+        return _gathered_partials(backend, self, rows, weight, y, bias, LOSS, labels, logits)
 
     def whole_gradient(self, rows_grad: Tensor) -> Tensor:
         rows_grad = rows_grad.contiguous()
@@ -219,13 +219,14 @@ def _score(
     backend = dispatch.resolve(impl, hidden.device)
     labels, logits = (ignore_index, float(label_smoothing)), (float(softcap or 0.0), float(logit_scale))
     approximation = (score_dtype, vocab_stride)
-    return backend, _stats(backend, shard, hidden, weight, targets, bias, codes, unit, labels, logits, approximation)
+    partials = _gathered_partials(backend, shard, hidden, weight, targets, bias, codes, labels, logits, approximation)
+    return backend, stats_from_partials(backend, partials, targets, shard.classes, codes, unit, *labels)
 
 
-def _stats(
-    backend, shard, hidden, weight, targets, bias, codes, unit, labels, logits, approximation=(None, 1)
+def _gathered_partials(
+    backend, shard, hidden, weight, targets, bias, codes, labels, logits, approximation=(None, 1)
 ) -> Tensor:  # fmt: skip
-    """[S, samples]: the partials of this process's classes, gathered and combined in the order of the ranks."""
+    """[R, PARTIALS, N]: the partials of every process's classes, in the order of the ranks."""
     partials = partial_stats(
         backend, hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, shard.first, codes, *labels,
         *logits, *approximation,
@@ -233,7 +234,7 @@ def _stats(
     ranks, (kinds, rows) = len(shard.sizes), partials.shape
     gathered = partials.new_empty((ranks * kinds, rows))
     _all_gather(gathered, partials.contiguous(), shard.group)
-    return stats_from_partials(backend, gathered.view(ranks, kinds, rows), targets, shard.classes, codes, unit, *labels)
+    return gathered.view(ranks, kinds, rows)
 
 
 def _shard(weight: Tensor, group: Any, shard_sizes: Sequence[int] | None, impl: str) -> _Shard:

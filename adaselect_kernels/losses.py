@@ -19,10 +19,11 @@ from adaselect_kernels.checks import (
     may_synchronise,
 )
 from adaselect_kernels.linear import autocast_linear
-from adaselect_kernels.options import STATS, compute_dtype, require_choice
+from adaselect_kernels.options import PARTIALS, STATS, compute_dtype, require_choice
 
 REDUCTIONS = ("mean", "sum", "none")
-LOSS_AND_LSE = [STATS.index("loss"), STATS.index("lse")]
+LOSS = [STATS.index("loss")]
+_LOSS_AND_LSE = [*LOSS, STATS.index("lse")]
 
 
 def selected_cross_entropy(
@@ -124,11 +125,11 @@ class Whole(NamedTuple):
     impl: str
     first: int = 0  # class of the first row of weight
 
-    def losses_and_lse(self, rows, weight, bias, y, ignore_index, label_smoothing, softcap, logit_scale) -> Tensor:
-        """[2, k]"""
-        return dispatch.resolve(self.impl, rows.device).linear_per_sample_stats(
-            rows, weight, y, bias, LOSS_AND_LSE, "sample", ignore_index, label_smoothing, softcap, logit_scale
-        )
+    def partials(self, rows, weight, bias, y, ignore_index, label_smoothing, softcap, logit_scale) -> Tensor:
+        """[R, PARTIALS, k]: the partial statistics of R sets of classes that make up all."""
+        return dispatch.resolve(self.impl, rows.device).linear_partials(
+            rows, weight, y, bias, None, None, 0, 1, LOSS, ignore_index, label_smoothing, softcap, logit_scale
+        )[None]
 
     def whole_gradient(self, rows_grad: Tensor) -> Tensor:
         return rows_grad
@@ -163,7 +164,7 @@ class _CrossEntropy(torch.autograd.Function):
         if softcap > 0:
             chosen = softcap * (chosen.to(compute_dtype(chosen)) / softcap).tanh()
         losses, lse = dispatch.resolve(impl, logits.device).per_sample_stats(
-            chosen, y, LOSS_AND_LSE, "sample", ignore_index, label_smoothing
+            chosen, y, _LOSS_AND_LSE, "sample", ignore_index, label_smoothing
         )
         if z_loss > 0:
             losses = losses + z_loss * lse.square()
@@ -191,9 +192,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, rows, weight, bias, y, ignore_index, settings, classifier) -> Tensor:
         *form, z_loss = settings
         bias_values = None if bias is None else bias.detach()
-        losses, lse = classifier.losses_and_lse(rows.detach(), weight.detach(), bias_values, y, ignore_index, *form)
+        partials = classifier.partials(rows.detach(), weight.detach(), bias_values, y, ignore_index, *form)
+        losses = dispatch.resolve(classifier.impl, rows.device).combine_partials(
+            partials, y, classifier.classes, LOSS, ignore_index, form[0]
+        )[0]
+        lse = torch.where(y == ignore_index, 0.0, exact_lse(partials))
         if z_loss > 0:
-            losses = losses + z_loss * lse.square()
+            losses = losses + z_loss * lse.to(losses.dtype).square()
         ctx.save_for_backward(rows, weight, bias, y, losses, lse)
         ctx.ignore_index, ctx.settings, ctx.classifier = ignore_index, settings, classifier
         return losses
@@ -211,6 +216,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grads[0] is not None:
             grads[0] = classifier.whole_gradient(grads[0]).to(rows.dtype)
         return *grads, None, None, None, None
+
+
+def exact_lse(partials: Tensor) -> Tensor:
+    """[k] float64: log sum_j e^(z_j) = m + log sum_j e^(z_j - m), of which float32 would lose digits that the softmax has."""
+    largest, sums, target = (partials[:, PARTIALS.index(name)].double() for name in ("max", "sum", "target"))
+    z_y = target.sum(0)
+    m = torch.maximum(largest.amax(0), z_y)
+    others = torch.where(largest == -math.inf, 0.0, sums * (largest - m).exp())
+    return m + (others.sum(0) + (z_y - m).exp()).log()
 
 
 def weights_of_rows(grad: Tensor, losses: Tensor, y: Tensor, ignore_index: int) -> Tensor:

@@ -28,7 +28,8 @@ combine_partials        -> [S, N]: the statistics from the partials [R, PARTIALS
                            up all `classes`. An ignored row is 0, a target outside [0, classes) NaN.
 
 Gradients of sum_i w_i l_i, l_i = (1 - eps)(lse - z_y) + eps (lse - mean_j z_j) + z_loss lse^2 with the weights w (`row_weight`):
-rows of weight 0 are exactly 0 whatever their logits, rows of weight NaN are NaN; lse is given, in the dtype of the statistics.
+rows of weight 0 are exactly 0 whatever their logits, rows of weight NaN are NaN; lse is given, in the dtype of the statistics or,
+so that no digit of it is lost, in float64.
 
 cross_entropy_backward  -> like logits [N, C], of their dtype, contiguous.
 linear_loss_backward    -> rows [N, H] in the dtype of the statistics, weight [V, H] and bias [V] in that of weight; those not

@@ -425,8 +425,9 @@ def logits_gradient(
     """d/du of sum_i w_i l_i [N, V] from z, for classes from first_class on; normaliser: sum_j e^(z_j - lse), where known."""
     weight = row_weight.to(z.dtype)[:, None]
     columns = first_class + torch.arange(z.shape[1], device=z.device)
-    p = (z - lse[:, None]).exp() / normaliser
-    grad = p * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / classes
+    high = lse.to(z.dtype)[:, None]
+    p = ((z - high) - (lse[:, None] - high).to(z.dtype)).exp() / normaliser
+    grad = p * (1 + 2 * z_loss * high) - label_smoothing / classes
     grad = grad - (1 - label_smoothing) * (columns == targets[:, None]).to(z.dtype)
     if softcap > 0:
         grad = grad * (1 - (z / softcap).square())  # dz/du

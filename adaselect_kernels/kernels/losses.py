@@ -447,22 +447,22 @@ def shipped() -> Iterator[Compilation]:
         yield _long(f"long-{pointee}-odd", pointee, pointee, plain | {"HEAD": True}, full)
         if dtype != torch.float64:  # whose products are like the float32 ones
             products = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HEAD": False}
-            yield _long(f"long-{pointee}-products", "fp32", pointee, products, full)
+            yield _long(f"long-{pointee}-products", "fp32", pointee, products, full, lse="fp64")
 
 
 _ONES = ("stride_weight", "stride_target", "stride_lse")
 
 
-def _pointers(logits: str, out: str) -> dict[str, str]:
+def _pointers(logits: str, out: str, lse: str | None = None) -> dict[str, str]:
     compute = "fp64" if logits == "fp64" else "fp32"
     return {
-        "logits_ptr": logits, "row_weight_ptr": compute, "targets_ptr": "i64", "lse_ptr": compute, "bias_ptr": out,
+        "logits_ptr": logits, "row_weight_ptr": compute, "targets_ptr": "i64", "lse_ptr": lse or compute, "bias_ptr": out,
         "out_ptr": out,
     }  # fmt: skip
 
 
-def _long(name: str, logits: str, out: str, flags: dict[str, bool], vec: int) -> Compilation:
+def _long(name: str, logits: str, out: str, flags: dict[str, bool], vec: int, lse: str | None = None) -> Compilation:
     constants = flags | {"VEC": vec, "VECTORS": LONG.elements // vec}
     return Compilation(
-        name, long_gradient_kernel, _pointers(logits, out), constants, LONG.warps, ones=_ONES, load_bits=128
+        name, long_gradient_kernel, _pointers(logits, out, lse), constants, LONG.warps, ones=_ONES, load_bits=128
     )

@@ -255,6 +255,7 @@ using BankFn = void (*)(const BankArgs& args, int64_t begin, int64_t end);
 // tiles.
 struct LossArgs {
   const void *row_weight, *lse;  // [rows] of the compute type
+  const void* lse_rest;          // [rows], what the compute type leaves of lse, or null: nothing
   const int64_t* targets;        // [rows]
   int64_t classes;               // in all
   double label_smoothing, softcap, logit_scale, z_loss;

@@ -35,21 +35,24 @@ void check_vector(const at::Tensor& vector, const char* name, int64_t n, at::Sca
 
 // Row weights, targets and lse of [N, ...] rows, contiguous.
 struct RowInputs {
-  at::Tensor row_weight, targets, lse;
+  at::Tensor row_weight, targets, lse, lse_rest;
 
   RowInputs(const at::Tensor& rows, const at::Tensor& weights, const at::Tensor& labels,
             const at::Tensor& normalisers) {
     const int64_t n = rows.size(0);
     check_vector(weights, "row_weight", n, compute_type(rows));
-    check_vector(normalisers, "lse", n, compute_type(rows));
+    const bool finer = normalisers.scalar_type() == at::kDouble && compute_type(rows) == at::kFloat;
+    check_vector(normalisers, "lse", n, finer ? at::kDouble : compute_type(rows));
     check_vector(labels, "targets", n, labels.scalar_type() == at::kInt ? at::kInt : at::kLong);
     row_weight = weights.contiguous();
     targets = labels.to(at::kLong).contiguous();
-    lse = normalisers.contiguous();
+    lse = normalisers.to(compute_type(rows)).contiguous();
+    if (finer) lse_rest = normalisers.sub(lse).to(at::kFloat).contiguous();
   }
   LossArgs args(int64_t classes, double label_smoothing, double softcap, double logit_scale, double z_loss) const {
     return {row_weight.const_data_ptr(),
             lse.const_data_ptr(),
+            lse_rest.defined() ? lse_rest.const_data_ptr() : nullptr,
             targets.const_data_ptr<int64_t>(),
             classes,
             label_smoothing,
@@ -216,15 +219,17 @@ void backward_of_weighted_rows(const RowInputs& inputs, LossArgs args, const at:
     }
     return;
   }
-  std::vector<T> weights(live), lse(live);
+  std::vector<T> weights(live), lse(live), lse_rest(live);
   std::vector<int64_t> targets(live);
   for (int64_t i = 0; i < live; ++i) {
     weights[i] = row_weight[listed[i]];
     lse[i] = static_cast<const T*>(args.lse)[listed[i]];
+    lse_rest[i] = args.lse_rest == nullptr ? T(0) : static_cast<const T*>(args.lse_rest)[listed[i]];
     targets[i] = args.targets[listed[i]];
   }
   args.row_weight = weights.data();
   args.lse = lse.data();
+  args.lse_rest = lse_rest.data();
   args.targets = targets.data();
   backward<T>(args, rows, &listed, live, weight, bias, first_class, grads);
   if (grads.rows.defined()) spread_rows(listed, n, rows.size(1), grads.rows.mutable_data_ptr<T>());

@@ -82,9 +82,10 @@ def draw_linear(generator, n: int, width: int, classes: int, dtype=torch.float32
 
 
 # Part of a vector; a row of many vectors and a tail; more than the 64 vectors that one sum takes.
+# So many rows that PyTorch cannot happen to be exact in all of them.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "classes"), [(9, 3), (31, 101), (12, 2500)])
+@pytest.mark.parametrize(("n", "classes"), [(33, 3), (31, 101), (12, 2500)])
 def test_cross_entropy(generator, impl, dtype, n, classes):
     logits, targets, indices = draw(generator, n, classes, dtype)
     before = logits.clone()

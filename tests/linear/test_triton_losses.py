@@ -171,7 +171,8 @@ def test_strides(generator, launches, monkeypatch, classes, layout):
 )
 @pytest.mark.parametrize("softcap", [0.0, 2e4])
 def test_large_offsets_keep_their_digits(generator, launches, classes, transposed, kernels, softcap):
-    logits, targets, weight = batch(generator, 6, classes, torch.float32, offset=1e4)
+    # so many rows that the largest error of PyTorch's is no chance
+    logits, targets, weight = batch(generator, 160, classes, torch.float32, offset=1e4)
     if transposed:
         logits = logits.t().contiguous().t()
     check_gradient(logits, targets, weight, (0.0, softcap, 0.0))
