@@ -47,7 +47,7 @@ SOURCE_SUFFIXES = {".py", ".h", ".cuh", ".inc", ".cpp", ".cu"}
 FAMILIES = {
     "row_stats": ("row_stats",),
     "select": ("select",),
-    "batch_stage": ("batch_stage",),
+    "batch_stage": ("batch_",),
     "grad_norms": ("grad_norms", "layer_sq_norms", "embedding_norms"),
     "bank": ("bank",),
     "linear": ("linear", "losses", "gemm"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adaselect_kernels import dispatch, fused_select, per_sample_stats, select_from_losses, select_topk
-from adaselect_kernels.kernels import batch_stage, row_stats, runtime, select
+from adaselect_kernels.kernels import batch_large, row_stats, runtime, select
 from adaselect_kernels.kernels.runtime import ceil_div
 from benchmarks import gate, records, timing
 from benchmarks.micro.case import MIN_CAPTURED_CALLS, make_logits
@@ -165,7 +165,7 @@ FAMILIES = {
         Family("block", "BLOCKS", select.BLOCKS, _block_work, {"warps": (2, 16)}),
         Family("radix", "RADIX", select.RADIX, _top_k_work, _PROGRAMS),
         Family("rank", "RANKS", select.RANKS, _rank_work, {"block": (8, 64), "others": (256, 4096), "warps": (2, 8)}),
-        Family("large", "LARGE", batch_stage.LARGE, _large_work, _PROGRAMS),
+        Family("large", "LARGE", batch_large.LARGE, _large_work, _PROGRAMS),
     )
 }
 
@@ -280,7 +280,7 @@ def page(family: Family, found: Sequence[dict[str, Any]]) -> list[str]:
 
 def family_file(family: Family) -> str:
     """Name of the source file whose table it is."""
-    modules = (row_stats, select, batch_stage)
+    modules = (row_stats, select, batch_large)
     return next(Path(str(m.__file__)).name for m in modules if vars(m).get(family.variable) is family.table)
 
 

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, fused_select, reference
 from adaselect_kernels.functional import baseline_select, per_sample_stats, select_from_losses, select_topk
-from adaselect_kernels.kernels import batch_stage, maths, row_stats, runtime, select
+from adaselect_kernels.kernels import batch_large, batch_stage, batch_terms, maths, row_stats, runtime, select
 from adaselect_kernels.options import METHODS, STATS
 from tests.oracle import assert_within_budget, check_fused_select, naive_stats, oracle_stats
 
@@ -282,7 +282,7 @@ def test_noise_is_the_one_every_backend_draws(seed):
     state.step.fill_(2**33 + 5)
     buffer = state.buffer.clone()
     scores, _ = batch_stage.batch_scores(
-        torch.ones(50), None, None, buffer, [METHODS.index("uniform")], 5, seed, batch_stage._NO_OPTIONS
+        torch.ones(50), None, None, buffer, [METHODS.index("uniform")], 5, seed, batch_terms.NO_OPTIONS
     )
     uniform = reference.philox_uniform(50, torch.tensor(2**33 + 5), seed)
     torch.testing.assert_close(scores.double(), -uniform.log(), rtol=3e-7, atol=0)
@@ -485,7 +485,7 @@ FOUR = ("big_loss", "small_loss", "grad_norm", "uniform")
 @pytest.mark.parametrize(("methods", "programs"), [(FOUR, 256), (FOUR, 2), (METHODS, 256)], ids=["four", "few", "all"])
 def test_large_batch_whatever_order_programs_start_in(generator, monkeypatch, launches, methods, programs):
     """Both forms of the first steps: sums in the step of the moments, and in one of their own. Blocks differ in extremes."""
-    monkeypatch.setitem(batch_stage.LARGE, 2**31, batch_stage.LARGE[2**31]._replace(programs=programs))
+    monkeypatch.setitem(batch_large.LARGE, 2**31, batch_large.LARGE[2**31]._replace(programs=programs))
     losses = (
         torch.rand(4200, generator=generator) + 9 * torch.arange(4200).div(1024, rounding_mode="floor").sub(2).abs()
     )
@@ -526,7 +526,7 @@ def test_counters_of_graphs_are_apart_and_run_out():
 
 def test_more_than_half_a_block_a_program(monkeypatch, generator):
     """Programs that walk several blocks, as those of more than a million rows do."""
-    for table in (batch_stage.LARGE, select.RADIX):
+    for table in (batch_large.LARGE, select.RADIX):
         monkeypatch.setitem(table, 2**31, table[2**31]._replace(programs=2))
     losses = torch.rand(9000, generator=generator)
     got = select_from_losses(losses, 0.3, methods=METHODS[:2] + METHODS[3:], impl="triton")

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaselect_kernels.kernels.batch_stage import SHIPPED_PLANS, Plan, Rows, finish_batch, make_plan, score_rows
+from adaselect_kernels.kernels.batch_small import finish_batch
+from adaselect_kernels.kernels.batch_stage import SHIPPED_PLANS, score_rows
+from adaselect_kernels.kernels.batch_terms import Plan, Rows, make_plan
 from adaselect_kernels.kernels.maths import float64_from_bits, float_bits, last_to_arrive
 from adaselect_kernels.kernels.row_stats import (
     make_layout,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from adaselect_kernels.kernels.batch_stage import make_plan
+from adaselect_kernels.kernels.batch_terms import make_plan
 from adaselect_kernels.kernels.fused import select_from_stats, wanted_stats
 from adaselect_kernels.kernels.grad_norms import dot, precision, roomy
 from adaselect_kernels.kernels.maths import float64_from_bits, float_bits, strided_offset, tanh
