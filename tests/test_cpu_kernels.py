@@ -251,7 +251,7 @@ def used_state(generator, m=M):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", BATCH_OPTIONS, ids=range(len(BATCH_OPTIONS)))
-@pytest.mark.parametrize("n", [1, 2, 16, 129, 9001])  # one row; a vector; a partial one; several chunks
+@pytest.mark.parametrize("n", [1, 2, 16, 129, 2048, 9001])  # one row; a vector; a partial one; a chunk; several
 def test_batch_scores(generator, dtype, options, n):
     losses, grad_norms = draw_batch(generator, n, dtype)
     valid = torch.rand(n, generator=generator) < 0.9
@@ -269,6 +269,57 @@ def test_batch_scores(generator, dtype, options, n):
     strided = [torch.stack([x, x], 1)[:, 0] for x in (losses, grad_norms, valid)]
     again, _ = kernels.batch_scores(*strided, None, *arguments)
     assert torch.equal(again, kernels.batch_scores(losses, grad_norms, valid, None, *arguments)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "methods", [("big_loss",), ("small_loss",), ("grad_norm",), ("coreset1", "grad_norm", "uniform")]
+)
+def test_chunks_far_from_each_other(generator, dtype, methods):
+    """Sums relative to the extremes of each chunk: one holds all the weight of a method, one is empty, none fits the others."""
+    n = 5 * 2048 + 77
+    place = torch.arange(n) // 2048
+    losses, grad_norms = draw_batch(generator, n, dtype)
+    losses += torch.tensor([150.0, 0.0, 40.0, 400.0, 90.0, 41.0])[place].to(dtype)
+    grad_norms += torch.tensor([0.0, 9.0, 30.0, 3.0, 250.0, 8.0])[place].to(dtype)
+    losses[place == 1] = math.nan
+    codes = [METHODS.index(name) for name in methods]
+    state = used_state(generator, len(codes))
+    oracle_state, peer_state = state.clone(), state.clone()
+    arguments = (codes, n // 5, 7, PLAIN)
+    scores, n_valid = kernels.batch_scores(losses, grad_norms, None, state, *arguments)
+    oracle, oracle_valid = reference.batch_scores(losses.double(), grad_norms.double(), None, oracle_state, *arguments)
+    peer, _ = reference.batch_scores(losses, grad_norms, None, peer_state, *arguments)
+    assert int(n_valid) == int(oracle_valid)
+    check_scores(scores, oracle, peer, losses)
+    tolerance = 2 * (peer_state - oracle_state).abs() + 1e-6 * (1 + oracle_state.abs())
+    assert ((state - oracle_state).abs() <= tolerance).all(), (state, oracle_state)
+
+
+@pytest.mark.parametrize("method", ["big_loss", "small_loss", "grad_norm", "adaboost", "coreset1", "coreset2"])
+def test_identical_samples_tie_in_every_chunk(generator, method):
+    """Also where the rows around them, and so the sums of their chunks, differ."""
+    n = 3 * 2048 + 5
+    losses, grad_norms = draw_batch(generator, n)
+    twins = torch.tensor([11, 2047, 2048, 5000, n - 1])
+    losses[twins], grad_norms[twins] = 1.25, 0.5
+    losses[4000] = 30.0
+    scores, _ = kernels.batch_scores(losses, grad_norms, None, None, [METHODS.index(method)], 5, 0, PLAIN)
+    assert torch.equal(scores[twins], scores[twins[:1]].expand(len(twins)))
+
+
+def test_valid_rows_of_any_alignment(generator):
+    losses, grad_norms = draw_batch(generator, 4200)
+    valid = torch.rand(4200, generator=generator) < 0.5
+    for first, count in ((0, 4200), (1, 4199), (3, 2051), (2048, 2048), (7, 9)):
+        rows = slice(first, first + count)
+        arguments = (None, [0, 2, 6], 1, 3, PLAIN)
+        got, n_valid = kernels.batch_scores(losses[rows], grad_norms[rows], valid[rows], *arguments)
+        copies = [torch.where(valid[rows], losses[rows], math.nan), grad_norms[rows].clone()]
+        expected, _ = kernels.batch_scores(*copies, None, *arguments)
+        assert torch.equal(got, expected)
+        assert torch.equal(got.isneginf(), ~(valid[rows] & losses[rows].isfinite() & grad_norms[rows].isfinite()))
+        assert int(n_valid) == int((~got.isneginf()).sum())
 
 
 @pytest.mark.parametrize("n", [3, 400, 5000])
@@ -313,11 +364,13 @@ def test_noise_is_exact(generator):
     """The method "uniform" alone, as a baseline, shows E = -log u of the shared Philox stream."""
     for seed, step in ((0, 1.0), (2**63 - 1, 2.0**33 + 5), (-12345, 77.0)):
         state = torch.tensor([0.0, math.nan, step], dtype=torch.float64)
-        n = 1000
+        n = 2100
         options = PLAIN._replace(baseline=1.0)
-        _, scores, _ = kernels.select_from_losses(torch.ones(n), None, state, [6], 1, "index", seed, options)
         u = reference.philox_uniform(n, torch.tensor(step, dtype=torch.float64), seed)
-        assert_within_budget(scores, -u.log(), -u.float().log(), f"noise of seed {seed}")
+        for dtype in (torch.float32, torch.float64):
+            ones = torch.ones(n, dtype=dtype)
+            _, scores, _ = kernels.select_from_losses(ones, None, state.clone(), [6], 1, "index", seed, options)
+            assert_within_budget(scores, -u.log(), -u.float().log(), f"noise of seed {seed}, {dtype}")
 
 
 def sortable(generator, kind, n, dtype):
@@ -475,6 +528,9 @@ def run_python(code, **environment):
 SET_NAMES = kernels.build_info()["instruction_sets"] if kernels is not None else []
 
 
+BATCHES = [(129, 1, "float32"), (129, 4, "float64"), (129, 0, "bfloat16"), (9001, 4, "float32"), (2048, 1, "float64")]
+
+
 # The set that runs in this process has all tests of this file.
 @pytest.mark.parametrize("capability", [name for name in SET_NAMES if name != kernels.build_info()["cpu_capability"]])
 def test_every_other_instruction_set(capability):
@@ -484,7 +540,12 @@ def test_every_other_instruction_set(capability):
         assert result.returncode != 0
         pytest.skip(f"this machine lacks {capability}; it was refused")
     shapes = [f"test_stats[{classes}-{dtype}]" for classes in (3, 17, 129, 4097) for dtype in DTYPES]
-    shapes += [f"test_batch_scores[129-{i}-{dtype}]" for i in (1, 4) for dtype in (torch.float32, torch.float64)]
+    shapes += [f"test_batch_scores[{n}-{i}-torch.{name}]" for n, i, name in BATCHES]
+    shapes += [
+        "test_chunks_far_from_each_other",
+        "test_valid_rows_of_any_alignment",
+        "test_baseline_selectors[adaboost-index]",
+    ]
     shapes += [f"test_select_topk[4097-{kind}-{dtype}]" for kind in ("heavy ties", "special") for dtype in DTYPES]
     shapes += [f"test_non_finite_rows[{classes}-torch.float32]" for classes in (4, 700)]
     shapes += ["test_noise_is_exact", "test_confident_rows_keep_their_digits", "test_strides_change_nothing"]

@@ -12,10 +12,7 @@ namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kGrainChunks = 2;  // worth a thread of their own
-
-// Positions in options.py METHODS.
-enum Method { kBigLoss, kSmallLoss, kGradNormMethod, kAdaBoostMethod, kCoreset1, kCoreset2, kUniform, kMethods };
+constexpr int64_t kGrainChunks = 4;  // worth a thread of their own
 
 // options.py PackedOptions.
 struct Options {
@@ -140,6 +137,11 @@ std::vector<Partial> for_each_chunk(int64_t n, Pass pass) {
   return partials;
 }
 
+struct ChunkSums {
+  ChunkMoments moments;
+  ChunkTerms terms;
+};
+
 template <class T>
 class Batch {
  public:
@@ -149,8 +151,7 @@ class Batch {
         methods_(methods),
         k_(k),
         options_(options),
-        padded_(round_up(samples.n, kRowTile)),
-        scratch_(array_bytes() * (kTerms + 3)) {
+        relative_to_chunk_(!options.baseline && !options.standardize && !wants(kAdaBoostMethod) && !wants(kCoreset2)) {
     args_.losses = samples.losses;
     args_.grad_norms = needs_grad_norms(methods) ? samples.grad_norms : nullptr;
     args_.valid = samples.valid;
@@ -159,48 +160,58 @@ class Batch {
     args_.losses_stride = samples.losses_stride;
     args_.grad_norms_stride = samples.grad_norms_stride;
     args_.valid_stride = samples.valid_stride;
-    args_.clean_losses = take();
-    if (args_.grad_norms != nullptr) args_.clean_grad_norms = take();
     args_.seed = static_cast<uint64_t>(seed);
     args_.step = static_cast<uint64_t>(static_cast<int64_t>(state.step));
+    args_.loss_scale = args_.grad_norm_scale = 1 / options_.temperature;
     args_.scores = scores;
+    if (options.baseline) return;
+    for (int64_t method : methods_) {
+      for (int i = 0; i < kRecipes[method].count; ++i) args_.wanted[kRecipes[method].parts[i].term] = true;
+    }
+    if (args_.wanted[kNoise]) args_.noise = noise_memory(scores);
   }
 
-  // Pass 1 and, where needed, deviations from the mean. Returns the number of valid rows.
+  // Pass 1: moments, with the sums of the importances where these need nothing else of the whole batch; and, where
+  // needed, deviations from the mean. Returns the number of valid rows.
   int64_t measure() {
     double loss_sum = 0, grad_norm_sum = 0, count = 0;
     args_.max_loss = args_.max_grad_norm = -kInfinity;
     args_.min_loss = kInfinity;
-    for (const ChunkMoments& chunk : for_each_chunk<ChunkMoments>(
-             padded_,
-             [&](int64_t begin, int64_t end, ChunkMoments& out) { kernel_.moments(args_, begin, end, out); })) {
-      count += chunk.count;
-      loss_sum += chunk.loss_sum;
-      loss_sum_sq_ += chunk.loss_sum_sq;
-      grad_norm_sum += chunk.grad_norm_sum;
-      args_.max_loss = std::max(args_.max_loss, chunk.loss_max);
-      args_.min_loss = std::min(args_.min_loss, chunk.loss_min);
-      args_.max_grad_norm = std::max(args_.max_grad_norm, chunk.grad_norm_max);
+    const std::vector<ChunkSums> chunks =
+        for_each_chunk<ChunkSums>(args_.n, [&](int64_t begin, int64_t end, ChunkSums& out) {
+          kernel_.moments(args_, begin, end, out.moments, relative_to_chunk_ ? &out.terms : nullptr);
+        });
+    for (const auto& [moments, terms] : chunks) {
+      count += moments.count;
+      loss_sum += moments.loss_sum;
+      loss_sum_sq_ += moments.loss_sum_sq;
+      grad_norm_sum += moments.grad_norm_sum;
+      args_.max_loss = std::max(args_.max_loss, moments.loss_max);
+      args_.min_loss = std::min(args_.min_loss, moments.loss_min);
+      args_.max_grad_norm = std::max(args_.max_grad_norm, moments.grad_norm_max);
     }
     n_valid_ = static_cast<int64_t>(count);
     args_.mean_loss = loss_sum / count;
     args_.mean_grad_norm = grad_norm_sum / count;
-    args_.loss_scale = args_.grad_norm_scale = 1 / options_.temperature;
-    if (options_.standardize || wants(kCoreset2)) measure_deviations();
+    if (n_valid_ == 0) return 0;
+    if (relative_to_chunk_) {
+      for (const auto& [moments, terms] : chunks) add_terms(terms, moments);
+    }
+    if (options_.standardize || args_.wanted[kCentre]) measure_deviations();
     return n_valid_;
   }
 
-  // Pass 2: the importances and every method's loss.
+  // Pass 2, unless pass 1 has them: the sums of the importances; every method's loss.
   void weigh(double* method_losses) {
-    sums_ = {};
-    for (int64_t method : methods_) {
-      for (int i = 0; i < kRecipes[method].count; ++i) make_term(kRecipes[method].parts[i].term);
+    if (n_valid_ == 0) {
+      std::fill_n(method_losses, methods_.size(), kNan);
+      return;
     }
-    run_terms();
+    if (!relative_to_chunk_) run_terms();
+    std::vector<T> losses;
+    if (options_.selected_loss) losses = make_keys(kBigLoss);
     for (size_t i = 0; i < methods_.size(); ++i) {
-      method_losses[i] = n_valid_ == 0            ? kNan
-                         : options_.selected_loss ? selected_loss(methods_[i])
-                                                  : weighted_loss(methods_[i]);
+      method_losses[i] = options_.selected_loss ? selected_loss(methods_[i], losses) : weighted_loss(methods_[i]);
     }
   }
 
@@ -225,32 +236,31 @@ class Batch {
       const double scale = options_.rms_scale ? std::sqrt(loss_sum_sq_ / static_cast<double>(n_valid_)) : loss_sum_sq_;
       args_.reward = std::pow(step, options_.curriculum_power) / scale;
     }
-    for_each_chunk<char>(padded_, [&](int64_t begin, int64_t end, char&) { kernel_.scores(args_, begin, end); });
+    for_each_chunk<char>(args_.n, [&](int64_t begin, int64_t end, char&) { kernel_.scores(args_, begin, end); });
   }
 
   // The raw key of the only method instead.
   void score_baseline() {
-    std::vector<T> key(args_.n);
-    prepare_baseline(methods_[0]);
-    baseline_key(methods_[0], key.data());
-    for (int64_t i = 0; i < args_.n; ++i) args_.scores[i] = static_cast<float>(key[i]);
+    if constexpr (std::is_same_v<T, float>) {
+      fill_keys(methods_[0], args_.scores);
+    } else {
+      const std::vector<T> key = make_keys(methods_[0]);
+      std::copy(key.begin(), key.end(), args_.scores);
+    }
   }
 
   // The k rows that `method` alone chooses.
-  void choose(int64_t method, bool by_score, int64_t* indices) {
-    std::vector<T> key(args_.n);
+  void choose(int64_t method, bool by_score, int64_t* indices) const {
     if (method != kCoreset1) {
-      baseline_key(method, key.data());
-      select_rows(key.data(), k_, by_score, indices);
+      select_rows(make_keys(method), k_, by_score, indices);
       return;
     }
     // From both ends: the rows taken from the top are NaN, which ranks after the invalid ones.
     const int64_t bottom = k_ / 2, top = k_ - bottom;
-    baseline_key(kBigLoss, key.data());
-    select_rows(key.data(), top, false, indices);
-    baseline_key(kSmallLoss, key.data());
+    select_rows(make_keys(kBigLoss), top, false, indices);
+    std::vector<T> key = make_keys(kSmallLoss);
     for (int64_t i = 0; i < top; ++i) key[indices[i]] = std::numeric_limits<T>::quiet_NaN();
-    if (bottom > 0) select_rows(key.data(), bottom, false, indices + top);
+    if (bottom > 0) select_rows(key, bottom, false, indices + top);
     std::inplace_merge(indices, indices + top, indices + k_);
     if (!by_score) return;
     std::vector<float> ranked(args_.n, std::numeric_limits<float>::quiet_NaN());
@@ -259,18 +269,19 @@ class Batch {
   }
 
  private:
-  int64_t array_bytes() const { return Scratch::aligned(padded_ * static_cast<int64_t>(sizeof(T))); }
-  void* take() { return scratch_.take(array_bytes()); }
   bool wants(int64_t method) const { return std::find(methods_.begin(), methods_.end(), method) != methods_.end(); }
-  void make_term(Term term) {
-    if (args_.terms[term] == nullptr) args_.terms[term] = take();
+  // Scores take the place of float32 noise.
+  void* noise_memory(float* scores) {
+    if constexpr (std::is_same_v<T, float>) return scores;
+    noise_.emplace(args_.n * static_cast<int64_t>(sizeof(T)));
+    return noise_->take(0);
   }
 
   void measure_deviations() {
     ChunkDeviations total{};
     args_.min_deviation = kInfinity;
     for (const ChunkDeviations& chunk : for_each_chunk<ChunkDeviations>(
-             padded_,
+             args_.n,
              [&](int64_t begin, int64_t end, ChunkDeviations& out) { kernel_.deviations(args_, begin, end, out); })) {
       total.loss_sum += chunk.loss_sum;
       total.loss_sum_sq += chunk.loss_sum_sq;
@@ -289,14 +300,29 @@ class Batch {
   }
 
   void run_terms() {
-    if (n_valid_ == 0) return;
     for (const ChunkTerms& chunk : for_each_chunk<ChunkTerms>(
-             padded_, [&](int64_t begin, int64_t end, ChunkTerms& out) { kernel_.terms(args_, begin, end, out); })) {
-      for (int term = 0; term < kTerms; ++term) {
-        sums_.sum[term] += chunk.sum[term];
-        sums_.loss_sum[term] += chunk.loss_sum[term];
-      }
+             args_.n, [&](int64_t begin, int64_t end, ChunkTerms& out) { kernel_.terms(args_, begin, end, out); })) {
+      add_terms(chunk);
     }
+  }
+  void add_terms(const ChunkTerms& chunk) {
+    for (int term = 0; term < kTerms; ++term) {
+      sums_.sum[term] += chunk.sum[term];
+      sums_.loss_sum[term] += chunk.loss_sum[term];
+    }
+  }
+  // Of a chunk whose softmaxes are relative to its own extremes.
+  void add_terms(ChunkTerms chunk, const ChunkMoments& moments) {
+    const auto rescale = [&](Term term, double exponent) {
+      if (!args_.wanted[term]) return;
+      const double factor = std::exp(exponent);
+      chunk.sum[term] *= factor;
+      chunk.loss_sum[term] *= factor;
+    };
+    rescale(kBig, (moments.loss_max - args_.max_loss) * args_.loss_scale);
+    rescale(kSmall, (args_.min_loss - moments.loss_min) * args_.loss_scale);
+    rescale(kGrad, (moments.grad_norm_max - args_.max_grad_norm) * args_.grad_norm_scale);
+    add_terms(chunk);
   }
 
   double weighted_loss(int64_t method) const {
@@ -308,69 +334,39 @@ class Batch {
     return loss;
   }
 
-  double selected_loss(int64_t method) {
+  // Mean of the `losses` (-inf: invalid) of the rows that the method chooses.
+  double selected_loss(int64_t method, const std::vector<T>& losses) const {
     std::vector<int64_t> rows(k_);
     choose(method, false, rows.data());
-    const T* losses = static_cast<const T*>(args_.clean_losses);
     double sum = 0, count = 0;
     for (int64_t row : rows) {
-      if (std::isnan(losses[row])) continue;
+      if (std::isinf(losses[row])) continue;
       sum += losses[row];
       ++count;
     }
     return sum / count;
   }
 
-  void prepare_baseline(int64_t method) {
-    if (method == kAdaBoostMethod) make_term(kAdaBoost);
-    if (method == kUniform) make_term(kNoise);
-    run_terms();
+  void fill_keys(int64_t method, T* keys) const {
+    for_each_chunk<char>(args_.n,
+                         [&](int64_t begin, int64_t end, char&) { kernel_.keys(args_, method, begin, end, keys); });
   }
-  // The table of baseline selectors; -inf on invalid rows.
-  void baseline_key(int64_t method, T* key) const {
-    const T* l = static_cast<const T*>(args_.clean_losses);
-    const T* g = static_cast<const T*>(args_.clean_grad_norms);
-    const T low = static_cast<T>(args_.min_loss), high = static_cast<T>(args_.max_loss);
-    const T mean = static_cast<T>(args_.mean_loss);
-    for (int64_t i = 0; i < args_.n; ++i) {
-      if (std::isnan(l[i])) {
-        key[i] = -std::numeric_limits<T>::infinity();
-        continue;
-      }
-      switch (method) {
-        case kBigLoss:
-          key[i] = l[i];
-          break;
-        case kSmallLoss:
-          key[i] = -l[i];
-          break;
-        case kGradNormMethod:
-          key[i] = g[i];
-          break;
-        case kCoreset1:
-          key[i] = std::max(l[i] - low, high - l[i]);
-          break;
-        case kCoreset2:
-          key[i] = -std::abs(l[i] - mean);
-          break;
-        default:  // made by pass 2
-          key[i] = static_cast<const T*>(args_.terms[kRecipes[method].parts[0].term])[i];
-      }
-    }
+  std::vector<T> make_keys(int64_t method) const {
+    std::vector<T> keys(args_.n);
+    fill_keys(method, keys.data());
+    return keys;
   }
-  static void select_rows(const T* key, int64_t k, int64_t n, bool by_score, int64_t* indices) {
-    select(key, sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32, 1, n, k, true, by_score, indices);
-  }
-  void select_rows(const T* key, int64_t k, bool by_score, int64_t* indices) const {
-    select_rows(key, k, args_.n, by_score, indices);
+  static void select_rows(const std::vector<T>& key, int64_t k, bool by_score, int64_t* indices) {
+    select(key.data(), sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32, 1, static_cast<int64_t>(key.size()), k, true,
+           by_score, indices);
   }
 
   const BatchKernels& kernel_;
   at::ArrayRef<int64_t> methods_;
   int64_t k_;
   const Options& options_;
-  int64_t padded_;
-  Scratch scratch_;
+  bool relative_to_chunk_;  // the terms are made in pass 1
+  std::optional<Scratch> noise_;
   BatchArgs args_{};
   ChunkTerms sums_{};
   double loss_sum_sq_ = 0;

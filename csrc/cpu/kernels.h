@@ -111,10 +111,13 @@ struct LinearKernels {
   void (*combine)(const CombineArgs& args, int64_t begin, int64_t end);
 };
 
-// The batch stage works on chunks: partial sums of a chunk are combined in chunk order, whoever computes them.
-inline constexpr int64_t kBatchChunk = 4096;
+// The batch stage works on chunks, which stay in the first-level cache: partial sums of a chunk are combined in chunk
+// order, whoever computes them.
+inline constexpr int64_t kBatchChunk = 2048;
 inline constexpr double kAdaBoostEps = 1e-6, kStdEps = 1e-6;
 
+// Positions in options.py METHODS.
+enum Method { kBigLoss, kSmallLoss, kGradNormMethod, kAdaBoostMethod, kCoreset1, kCoreset2, kUniform, kMethods };
 // Unnormalised importances e. The softmaxes are relative to their largest element.
 enum Term { kBig, kSmall, kGrad, kCentre, kAdaBoost, kNoise, kTerms };
 
@@ -125,14 +128,12 @@ struct BatchArgs {
   const uint8_t* valid;    // or null
   Dtype dtype;
   int64_t n, losses_stride, grad_norms_stride, valid_stride;
-  // Scratch [n rounded up to kRowTile] of the compute type: NaN in an invalid row.
-  void* clean_losses;
-  void* clean_grad_norms;
-  void* terms[kTerms];  // null: not needed
+  bool wanted[kTerms];
+  void* noise;  // [n] of the compute type, kept from the terms to the scores, which may overwrite it
+  uint64_t seed, step;
   // Filled between the passes.
   double mean_loss, mean_grad_norm, max_loss, min_loss, max_grad_norm, min_deviation;
   double loss_scale, grad_norm_scale;  // 1 / tau, or 1 / (tau (std + eps))
-  uint64_t seed, step;
   // Last pass: s = exp(-reward l) (bias + sum_j coefficient_j e_j).
   double coefficients[kTerms];
   double bias, reward;
@@ -150,10 +151,13 @@ struct ChunkTerms {
 };
 
 struct BatchKernels {
-  void (*moments)(const BatchArgs&, int64_t begin, int64_t end, ChunkMoments&);
+  // And, unless null, the terms, with softmaxes relative to the chunk's own extremes.
+  void (*moments)(const BatchArgs&, int64_t begin, int64_t end, ChunkMoments&, ChunkTerms*);
   void (*deviations)(const BatchArgs&, int64_t begin, int64_t end, ChunkDeviations&);
   void (*terms)(const BatchArgs&, int64_t begin, int64_t end, ChunkTerms&);
   void (*scores)(const BatchArgs&, int64_t begin, int64_t end);
+  // keys[i], of the compute type: what `method` alone ranks row i by; -inf on invalid rows.
+  void (*keys)(const BatchArgs&, int64_t method, int64_t begin, int64_t end, void* keys);
 };
 
 // Selection ranks unsigned keys: the best score has the largest key, NaN the key 0, -0.0 that of 0.0.
