@@ -275,7 +275,8 @@ def test_batch_scores(generator, dtype, options, n):
 @pytest.mark.parametrize(
     "methods", [("big_loss",), ("small_loss",), ("grad_norm",), ("coreset1", "grad_norm", "uniform")]
 )
-def test_chunks_far_from_each_other(generator, dtype, methods):
+@pytest.mark.parametrize("standardize", [False, True])
+def test_chunks_far_from_each_other(generator, dtype, methods, standardize):
     """Sums relative to the extremes of each chunk: one holds all the weight of a method, one is empty, none fits the others."""
     n = 5 * 2048 + 77
     place = torch.arange(n) // 2048
@@ -286,7 +287,7 @@ def test_chunks_far_from_each_other(generator, dtype, methods):
     codes = [METHODS.index(name) for name in methods]
     state = used_state(generator, len(codes))
     oracle_state, peer_state = state.clone(), state.clone()
-    arguments = (codes, n // 5, 7, PLAIN)
+    arguments = (codes, n // 5, 7, AdaSelectionOptions(standardize=standardize).packed)
     scores, n_valid = kernels.batch_scores(losses, grad_norms, None, state, *arguments)
     oracle, oracle_valid = reference.batch_scores(losses.double(), grad_norms.double(), None, oracle_state, *arguments)
     peer, _ = reference.batch_scores(losses, grad_norms, None, peer_state, *arguments)
