@@ -41,7 +41,8 @@ select_mask             -> bool [S, T]: of each row of scores [S, T] the clamp(f
 Squared norms of the gradient of each sample's loss, [N] float32 (float64 for float64 inputs), from what a layer saw:
 
 linear_grad_sq_norms    -> |G_i^T A_i|^2 (weight) + |sum_t g_it|^2 (bias); A = activations [N, T, d], G = grads [N, T, p] of
-                           the loss sum at the output; `form` "direct", "gram" or "auto", the cheaper by arithmetic.
+                           the loss sum at the output; `form` "direct", "gram" or "auto", the cheapest by arithmetic;
+                           of 3 x 3 convolutions of stride 1 on the CPU also "winograd".
 linear_grads_and_sq_norms -> the same, weight and (when asked, else zeros [0]) bias included, with the batch's gradients in
                            the same pass: sq_norms [N], sum_i G_i^T A_i [p, d] and sum_it g_it [p], both in the dtype of grads.
 conv_grad_sq_norms      -> the same of a convolution: input [N, C, ...], grads [N, O, ...], one to three spatial dimensions,

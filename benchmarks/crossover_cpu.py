@@ -1,11 +1,11 @@
 """Where the forms of per-sample gradient norms cross on this CPU: `python -m benchmarks.crossover_cpu`.
 
-Times the direct form, the Gram form, weight gradient and norms together ("fused") and PyTorch's weight gradient of the
-batch alone, in turns, over layers of T positions, d inputs and p features, and over the convolutions of a ResNet-18 for
-32 x 32 images. One thread: samples are shared out, so the forms cross at the same place for any number of threads, and
-the time of a thread is what other work on the machine disturbs least. The table says which form "auto" takes and what
-that costs over the better one (T = 1 has one form, timed twice); the constants of the cost model in
-csrc/cpu/grad_norms_layers.cpp are set so that the last column stays at 1. Written to
+Times the direct form, the Gram form, Winograd's of 3 x 3 convolutions of stride 1, weight gradient and norms together
+("fused") and PyTorch's weight gradient of the batch alone, in turns, over layers of T positions, d inputs and p features,
+and over the convolutions of a ResNet-18 for 32 x 32 images. One thread: samples are shared out, so the forms cross at the
+same place for any number of threads, and the time of a thread is what other work on the machine disturbs least. The table
+says which form "auto" takes and what that costs over the best one (T = 1 has one form, timed twice); the constants of the
+cost model in csrc/cpu/grad_norms_layers.cpp are set so that the last column stays at 1. Written to
 results/<device>/grad_norm_crossover.json in the format of records.py.
 """
 
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import records, timing
 
-FORMS = ("direct", "gram")
+FORMS = ("direct", "gram", "winograd")
 POSITIONS = (1, 4, 16, 64, 256, 1024)
 FEATURES = ((64, 64), (256, 256), (768, 768), (768, 3072))
 # channels, features, image, kernel, stride of ResNet-18 for 32 x 32 images
@@ -42,7 +42,7 @@ COLUMNS = ("case", *FORMS, "fused", "weight gradient", "auto", "auto over best")
 def linear(kernels: Any, t: int, d: int, p: int) -> tuple[dict[str, Callable[[], Any]], str]:
     a, g = torch.randn(SAMPLES, t, d), torch.randn(SAMPLES, t, p)
     calls: dict[str, Callable[[], Any]] = {
-        form: partial(kernels.linear_grad_sq_norms, a, g, True, False, form) for form in FORMS
+        form: partial(kernels.linear_grad_sq_norms, a, g, True, False, form) for form in FORMS[:2]
     }
     calls["fused"] = lambda: kernels.linear_grads_and_sq_norms(a, g, False)
     calls["weight gradient"] = lambda: g.flatten(0, 1).mT @ a.flatten(0, 1)
@@ -57,7 +57,8 @@ def convolution(
     g, weight = torch.randn(SAMPLES, p, out, out), torch.randn(p, c, k, k)
     options = ([k, k], [stride, stride], [padding, padding], [1, 1], 1)
     calls: dict[str, Callable[[], Any]] = {
-        form: partial(kernels.conv_grad_sq_norms, x, g, *options, True, False, form) for form in FORMS
+        form: partial(kernels.conv_grad_sq_norms, x, g, *options, True, False, form)
+        for form in (FORMS if (k, stride) == (3, 1) else FORMS[:2])
     }
     calls["weight gradient"] = lambda: torch.ops.aten.convolution_backward(
         g, x, weight, None, *options[1:4], False, [0, 0], 1, [False, True, False]
@@ -109,7 +110,8 @@ def row(found: list[dict[str, Any]]) -> str:
     us = {record["contender"]: record["us"]["p50"] for record in found}
     auto = found[0]["params"]["auto"]
     times = [f"{us[name]:,.0f}" if name in us else "" for name in (*FORMS, "fused", "weight gradient")]
-    return f"| {' | '.join([found[0]['case'], *times, auto, f'{us[auto] / min(us[form] for form in FORMS):.2f}'])} |"
+    best = min(us[form] for form in FORMS if form in us)
+    return f"| {' | '.join([found[0]['case'], *times, auto, f'{us[auto] / best:.2f}'])} |"
 
 
 def main() -> None:

@@ -171,14 +171,14 @@ at::Tensor linear_grad_sq_norms(const at::Tensor& activations, const at::Tensor&
   const Form wanted = parse_form(form);
   check_sequences(activations, grads);
   std::vector<double> totals(grads.size(0));
-  if (weight) add_weight_sq_norms(linear_layer(activations, grads), wanted, totals.data());
-  if (bias) add_affine_sq_norms(std::nullopt, grads, std::nullopt, std::nullopt, true, totals.data());
+  const bool counted = weight && add_weight_sq_norms(linear_layer(activations, grads), wanted, bias, totals.data());
+  if (bias && !counted) add_affine_sq_norms(std::nullopt, grads, std::nullopt, std::nullopt, true, totals.data());
   return as_sq_norms(totals, grads);
 }
 
 std::string linear_grad_form(const at::Tensor& activations, const at::Tensor& grads) {
   check_sequences(activations, grads);
-  return choose_form(linear_layer(activations, grads), Form::kAuto) == Form::kGram ? "gram" : "direct";
+  return name_of(choose_form(linear_layer(activations, grads), Form::kAuto));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_grads_and_sq_norms(const at::Tensor& activations,
@@ -203,11 +203,10 @@ at::Tensor conv_grad_sq_norms(const at::Tensor& input, const at::Tensor& grads, 
   check_conv(input, grads, kernel_size, stride, padding, dilation, groups);
   std::vector<double> totals(grads.size(0));
   const at::Tensor flat = grads.flatten(2);
-  if (weight) {
-    add_weight_sq_norms(conv_layer(input, flat, grads.sizes().slice(2), kernel_size, stride, padding, dilation, groups),
-                        wanted, totals.data());
-  }
-  if (bias) {
+  const bool counted = weight && add_weight_sq_norms(conv_layer(input, flat, grads.sizes().slice(2), kernel_size,
+                                                                stride, padding, dilation, groups),
+                                                     wanted, bias, totals.data());
+  if (bias && !counted) {
     add_affine_sq_norms(std::nullopt, flat.transpose(1, 2), std::nullopt, std::nullopt, true, totals.data());
   }
   return as_sq_norms(totals, grads);
@@ -218,7 +217,7 @@ std::string conv_grad_form(const at::Tensor& input, const at::Tensor& grads, at:
   check_conv(input, grads, kernel_size, stride, padding, dilation, groups);
   const at::Tensor flat = grads.flatten(2);
   const Layer layer = conv_layer(input, flat, grads.sizes().slice(2), kernel_size, stride, padding, dilation, groups);
-  return choose_form(layer, Form::kAuto) == Form::kGram ? "gram" : "direct";
+  return name_of(choose_form(layer, Form::kAuto));
 }
 
 at::Tensor embedding_grad_sq_norms(const at::Tensor& ids, const at::Tensor& given_grads, int64_t padding_idx) {

@@ -26,14 +26,17 @@ struct Layer {
   int64_t grads_sample = 0, grads_channel = 0, grads_position = 0;
 };
 
-enum class Form { kDirect, kGram, kAuto };
+enum class Form { kDirect, kGram, kWinograd, kAuto };
 Form parse_form(std::string_view form);
+std::string name_of(Form form);
 
-// The form that `form` means for the layer: "direct" or "gram".
+// The form that `form` means for the layer, never kAuto. Raises ValueError for kWinograd where it is not 3 x 3 of
+// stride 1.
 Form choose_form(const Layer& layer, Form form);
 
-// totals[i] += |gradient of the weight for sample i|^2
-void add_weight_sq_norms(const Layer& layer, Form form, double* totals);
+// totals[i] += |gradient of the weight for sample i|^2, and that of a bias where it comes with it: returns whether it
+// did.
+bool add_weight_sq_norms(const Layer& layer, Form form, bool bias, double* totals);
 
 // The same of a linear layer, and weight_grad [p, d] += sum_i G_i^T A_i, bias_grad [p] += sum_it g_it (or null), both
 // of the compute type. Returns whether the totals include the bias.

@@ -1,6 +1,7 @@
 // Squared norms of the weight gradients of convolutions and linear layers, sample by sample.
 //
 // direct: the gradient of every kernel offset, G^T X shifted by the offset, tile by tile; only the squares are kept.
+// winograd: the same of 3 x 3 kernels with a quarter of the products (grad_norms_winograd.inc).
 // gram:   sum_{t, s} <g_t, g_s> sum_offsets <x_{t + offset}, x_{s + offset}>, the Gram matrices of the raw input and of
 // the
 //         gradients in stripes of rows; t <= s, off the diagonal twice. A stride splits the input into phases, each of
@@ -8,6 +9,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "grad_norms.h"
 
@@ -25,6 +27,9 @@ constexpr double kCancelled = 1.0 / 16;
 constexpr double kTileCost = 24, kEntryCost = 40, kShiftCost = 4, kLineCost = 32, kLanesCost = 1.5;
 // Where Gram matrices are not stored: a multiply-add (the vectors come from a further cache), and a pair of entries.
 constexpr double kVectorCost = 1.15, kPairCost = 120;
+// Winograd's form: a point of an entry of the gradient besides its products and then the entry, a tile of a feature and
+// of a channel.
+constexpr double kWinogradPointCost = 4, kWinogradEntryCost = 100, kWinogradTileCost = 300;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
@@ -218,6 +223,91 @@ double direct_lanes(const Layer& l, const DirectPlan& plan, const char* input, c
         }
         total += matrix.sum_squares(scratch.sums, scratch.sums_size, nullptr);
       }
+    }
+  }
+  return total;
+}
+
+// ---- winograd
+
+bool fits_winograd(const Layer& l) {
+  return l.kernel == Extent{1, 3, 3} && l.stride == Extent{1, 1, 1} && l.dilation == Extent{1, 1, 1} && l.in[0] == 1 &&
+         l.padding[0] == 0;
+}
+
+struct WinogradPlan {
+  int64_t rows, columns, tiles;
+  Extent grads, input;  // the points that the tiles cover
+
+  explicit WinogradPlan(const Layer& l)
+      : rows(ceil_div(l.out[1], kWinogradTile)),
+        columns(ceil_div(l.out[2], kWinogradTile)),
+        tiles(rows * columns),
+        grads{1, kWinogradTile * rows, kWinogradTile * columns},
+        input{1, grads[1] + 2, grads[2] + 2} {}
+};
+
+template <class T>
+struct WinogradScratch {
+  int64_t row_groups, pitch_grads, pitch_input, pitch_products;
+  Scratch memory;
+  T *image, *grads, *input, *products;
+
+  WinogradScratch(const Layer& l, const WinogradPlan& plan)
+      : row_groups(ceil_div(l.features, matrix_kernels<T>().rows)),
+        pitch_grads(row_groups * plan.tiles * matrix_kernels<T>().rows + kPackSlack),
+        pitch_input(plan.tiles * 2 * matrix_kernels<T>().lanes + kPackSlack),
+        pitch_products(tiles_bytes<T>() / 8 + kPackSlack),
+        memory(Scratch::aligned(image_bytes(plan)) + Scratch::aligned(kWinogradPoints * pitch_grads * sizeof(T)) +
+               Scratch::aligned(kWinogradPoints * pitch_input * sizeof(T)) +
+               Scratch::aligned(kWinogradPoints * pitch_products * sizeof(T))),
+        image(memory.take<T>(image_bytes(plan))),
+        grads(memory.take<T>(kWinogradPoints * pitch_grads * sizeof(T))),
+        input(memory.take<T>(kWinogradPoints * pitch_input * sizeof(T))),
+        products(memory.take<T>(kWinogradPoints * pitch_products * sizeof(T))) {}
+  static int64_t image_bytes(const WinogradPlan& plan) {
+    const int64_t width = std::max(2 * matrix_kernels<T>().lanes, matrix_kernels<T>().rows);
+    return (points(plan.input) * width + kPackSlack) * sizeof(T);
+  }
+};
+
+// The gradients as an image of their own.
+Layer image_of_grads(Layer l) {
+  l.in = l.out;
+  l.padding = {0, 0, 0};
+  l.input_space = {0, l.out[2] * l.grads_position, l.grads_position};
+  return l;
+}
+
+template <class T>
+double winograd(const Layer& l, const WinogradPlan& plan, const char* input, const char* grads,
+                const WinogradScratch<T>& scratch) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  const int64_t bytes = element_bytes(l.dtype), group_stride = plan.tiles * matrix.rows;
+  const Layer image = image_of_grads(l);
+  for (int64_t group = 0; group < scratch.row_groups; ++group) {  // in order: each writes past its end
+    const int64_t row = group * matrix.rows;
+    pack_input(image, plan.grads, grads + row * l.grads_channel * bytes, l.grads_channel,
+               std::min(matrix.rows, l.features - row), matrix.rows, scratch.image);
+    matrix.winograd_grads({scratch.image, plan.rows, plan.columns, matrix.rows, scratch.grads + group * group_stride,
+                           scratch.pitch_grads});
+  }
+  const Panels panels{l.channels, matrix.lanes};
+  double total = 0;
+  for (int64_t j = 0; j < panels.count(); ++j) {
+    const int64_t width = panels.width(j);
+    pack_input(l, plan.input, input + panels.first(j) * l.input_channel * bytes, l.input_channel, panels.used(j), width,
+               scratch.image);
+    matrix.winograd_input({scratch.image, plan.rows, plan.columns, width, scratch.input, scratch.pitch_input});
+    for (int64_t group = 0; group < scratch.row_groups; group += kGroupBlock) {
+      const int64_t groups = std::min(kGroupBlock, scratch.row_groups - group);
+      for (int64_t tile = 0; tile < plan.tiles; tile += kSumBlock) {
+        matrix.winograd_products({scratch.grads + group * group_stride + tile * matrix.rows,
+                                  scratch.input + tile * width, scratch.pitch_grads, scratch.pitch_input,
+                                  scratch.pitch_products, group_stride, groups, width,
+                                  std::min(kSumBlock, plan.tiles - tile), tile > 0, scratch.products});
+      }
+      total += matrix.winograd_squares(scratch.products, scratch.pitch_products, groups * matrix.rows * width);
     }
   }
   return total;
@@ -418,7 +508,9 @@ GramSums gram(const Layer& l, const GramPlan& plan, const char* input, const cha
 }
 
 // A linear layer needs no shifts: the Gram matrices are multiplied as they are formed, and never stored.
-bool is_linear(const Layer& l) { return points(l.kernel) == 1 && points(l.out) == l.out[2] && l.in == l.out; }
+bool is_linear(const Layer& l) {
+  return points(l.kernel) == 1 && points(l.out) == l.out[2] && l.in == l.out && l.padding == Extent{0, 0, 0};
+}
 
 // Rows [T][k] of the compute type, copied only where they are not that already.
 template <class T>
@@ -450,11 +542,23 @@ struct LinearGramScratch {
         grads(scratch.take<T>(Rows<T>::bytes(l.out[2], l.features))) {}
 };
 
+// A bias is the weight of one more input, which is always 1.
 template <class T>
-GramSums gram_linear(const Layer& l, const char* input, const char* grads, const LinearGramScratch<T>& scratch) {
+GramSums gram_linear(const Layer& l, bool bias, const char* input, const char* grads,
+                     const LinearGramScratch<T>& scratch) {
   const Rows<T> a({input, l.dtype, l.input_channel, l.input_space[2], l.channels, l.out[2]}, scratch.input);
   const Rows<T> g({grads, l.dtype, l.grads_channel, l.grads_position, l.features, l.out[2]}, scratch.grads);
-  return matrix_kernels<T>().gram_product({a.data, g.data, a.stride, g.stride, l.channels, l.features, l.out[2]});
+  return matrix_kernels<T>().gram_product({a.data, g.data, a.stride, g.stride, l.channels, l.features, l.out[2], bias});
+}
+
+// |sum_t g_t|^2 of one sample.
+template <class T>
+double bias_sq_norm(const Layer& l, const char* grads, const LinearGramScratch<T>& scratch) {
+  const Rows<T> g({grads, l.dtype, l.grads_channel, l.grads_position, l.features, l.out[2]}, scratch.grads);
+  std::vector<int64_t> positions(l.out[2]);
+  std::iota(positions.begin(), positions.end(), 0);
+  const SegmentFn sum = kernels().segment[static_cast<int>(kComputeDtype<T>)];
+  return sum(g.data, g.stride, positions.data(), l.out[2], l.features);
 }
 
 // ---- choice by arithmetic
@@ -504,7 +608,16 @@ double gram_cost(const Layer& l, const GramPlan& plan) {
   return cost;
 }
 
-bool single_position(const Layer& l) { return points(l.out) == 1 && points(l.kernel) == 1 && points(l.in) == 1; }
+template <class T>
+double winograd_cost(const Layer& l) {
+  const MatrixKernels<T>& matrix = matrix_kernels<T>();
+  const double tiles = WinogradPlan(l).tiles;
+  const double an_entry = kWinogradPoints * (tiles + kWinogradPointCost) + kWinogradEntryCost;
+  return an_entry * tile_entries<T>(l) +
+         kWinogradTileCost * tiles * (round_up(l.features, matrix.rows) + round_up(l.channels, matrix.lanes));
+}
+
+bool single_position(const Layer& l) { return is_linear(l) && points(l.out) == 1; }
 
 struct Choice {
   Form form;
@@ -515,27 +628,46 @@ template <class T>
 Choice cheaper(const Layer& l) {
   if (single_position(l)) return {Form::kDirect, 0};
   const int64_t positions = points(l.out);
-  const double direct = std::min(tiles_cost<T>(l), lanes_cost<T>(l));
-  if (0.5 * positions * positions * l.features > direct) return {Form::kDirect, direct};  // needs no plan to be known
+  Choice best{Form::kDirect, std::min(tiles_cost<T>(l), lanes_cost<T>(l))};
+  if (fits_winograd(l) && winograd_cost<T>(l) < best.cost) best = {Form::kWinograd, winograd_cost<T>(l)};
+  if (0.5 * positions * positions * l.features > best.cost) return best;  // needs no plan to be known
   const double gram = is_linear(l) ? linear_gram_cost(l) : gram_cost<T>(l, GramPlan(l));
-  return gram < direct ? Choice{Form::kGram, gram} : Choice{Form::kDirect, direct};
+  return gram < best.cost ? Choice{Form::kGram, gram} : best;
 }
 
 template <class T>
-void add_sq_norms(const Layer& l, Form form, double* totals) {
+bool add_sq_norms(const Layer& l, Form form, bool bias, double* totals) {
   const int64_t bytes = element_bytes(l.dtype);
-  const auto input_of = [&](int64_t i) { return l.input + i * l.input_sample * bytes; };
-  const auto grads_of = [&](int64_t i) { return l.grads + i * l.grads_sample * bytes; };
+  const auto input_of = [&](int64_t i, int64_t group = 0) {
+    return l.input + (i * l.input_sample + group * l.channels * l.input_channel) * bytes;
+  };
+  const auto grads_of = [&](int64_t i, int64_t group = 0) {
+    return l.grads + (i * l.grads_sample + group * l.features * l.grads_channel) * bytes;
+  };
   if (single_position(l) && l.groups == 1 && l.input_channel == 1 && l.grads_channel == 1) {
-    // |g a^T|^2 = |g|^2 |a|^2
+    // |g a^T|^2 = |g|^2 |a|^2, and a bias is the weight of one more input, which is always 1
     const SegmentFn square = kernels().segment[static_cast<int>(l.dtype)];
     const int64_t row = 0;
     at::parallel_for(0, l.samples, sample_grain(l.channels + l.features), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        totals[i] += square(input_of(i), 0, &row, 1, l.channels) * square(grads_of(i), 0, &row, 1, l.features);
+        const double inputs = square(input_of(i), 0, &row, 1, l.channels) + (bias ? 1.0 : 0.0);
+        totals[i] += inputs * square(grads_of(i), 0, &row, 1, l.features);
       }
     });
-    return;
+    return bias;
+  }
+  if (form == Form::kWinograd) {
+    const WinogradPlan plan(l);
+    at::parallel_for(0, l.samples, sample_grain(static_cast<int64_t>(l.groups * winograd_cost<T>(l))),
+                     [&](int64_t begin, int64_t end) {
+                       const WinogradScratch<T> scratch(l, plan);
+                       for (int64_t i = begin; i < end; ++i) {
+                         for (int64_t group = 0; group < l.groups; ++group) {
+                           totals[i] += winograd<T>(l, plan, input_of(i, group), grads_of(i, group), scratch);
+                         }
+                       }
+                     });
+    return false;
   }
   const DirectPlan direct_plan(l);
   if (lanes_cost<T>(l) < tiles_cost<T>(l) && form == Form::kDirect) {
@@ -546,7 +678,7 @@ void add_sq_norms(const Layer& l, Form form, double* totals) {
                          totals[i] += direct_lanes<T>(l, direct_plan, input_of(i), grads_of(i), scratch);
                        }
                      });
-    return;
+    return false;
   }
   const bool linear = form == Form::kGram && is_linear(l), planned = form == Form::kGram && !linear;
   const std::optional<GramPlan> gram_plan = planned ? std::optional<GramPlan>(l) : std::nullopt;
@@ -563,10 +695,9 @@ void add_sq_norms(const Layer& l, Form form, double* totals) {
     if (linear) linear_scratch.emplace(memory, l);
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t group = 0; group < l.groups; ++group) {
-        const char* input = input_of(i) + group * l.channels * l.input_channel * bytes;
-        const char* grads = grads_of(i) + group * l.features * l.grads_channel * bytes;
+        const char *input = input_of(i, group), *grads = grads_of(i, group);
         if (form == Form::kGram) {
-          const GramSums sums = linear ? gram_linear<T>(l, input, grads, *linear_scratch)
+          const GramSums sums = linear ? gram_linear<T>(l, bias, input, grads, *linear_scratch)
                                        : gram<T>(l, *gram_plan, input, grads, *gram_scratch);
           if (!(sums.total < kCancelled * sums.diagonal)) {
             totals[i] += sums.total;
@@ -574,9 +705,11 @@ void add_sq_norms(const Layer& l, Form form, double* totals) {
           }
         }
         totals[i] += direct<T>(l, direct_plan, input, grads, direct_scratch);
+        if (linear && bias) totals[i] += bias_sq_norm<T>(l, grads, *linear_scratch);
       }
     }
   });
+  return linear && bias;
 }
 
 // ---- with the gradient of the batch
@@ -692,24 +825,32 @@ void add_grads(const Layer& l, T* weight_grad, T* bias_grad, double* totals) {
   }
 }
 
+constexpr std::array<std::string_view, 4> kFormNames = {"direct", "gram", "winograd", "auto"};  // in the order of Form
+
 }  // namespace
 
 Form parse_form(std::string_view form) {
-  TORCH_CHECK_VALUE(form == "direct" || form == "gram" || form == "auto",
-                    "form must be one of 'direct', 'gram', 'auto'; got '", form, "'");
-  return form == "direct" ? Form::kDirect : form == "gram" ? Form::kGram : Form::kAuto;
+  const auto* found = std::find(kFormNames.begin(), kFormNames.end(), form);
+  TORCH_CHECK_VALUE(found != kFormNames.end(), "form must be one of 'direct', 'gram', 'winograd', 'auto'; got '", form,
+                    "'");
+  return static_cast<Form>(found - kFormNames.begin());
 }
+std::string name_of(Form form) { return std::string(kFormNames[static_cast<int>(form)]); }
 
 Form choose_form(const Layer& layer, Form form) {
+  TORCH_CHECK_VALUE(form != Form::kWinograd || fits_winograd(layer),
+                    "form 'winograd' is for 3 x 3 convolutions of stride 1 and dilation 1");
   if (form != Form::kAuto) return form;
   with_compute_type(layer.dtype, [&](auto zero) { form = cheaper<decltype(zero)>(layer).form; });
   return form;
 }
 
-void add_weight_sq_norms(const Layer& layer, Form form, double* totals) {
-  if (layer.samples == 0 || points(layer.out) == 0 || layer.channels == 0 || layer.features == 0) return;
+bool add_weight_sq_norms(const Layer& layer, Form form, bool bias, double* totals) {
+  if (layer.samples == 0 || points(layer.out) == 0 || layer.channels == 0 || layer.features == 0) return false;
   form = choose_form(layer, form);
-  with_compute_type(layer.dtype, [&](auto zero) { add_sq_norms<decltype(zero)>(layer, form, totals); });
+  bool counted = false;
+  with_compute_type(layer.dtype, [&](auto zero) { counted = add_sq_norms<decltype(zero)>(layer, form, bias, totals); });
+  return counted;
 }
 
 bool add_weight_grad_and_sq_norms(const Layer& layer, void* weight_grad, void* bias_grad, double* totals) {
@@ -720,8 +861,7 @@ bool add_weight_grad_and_sq_norms(const Layer& layer, void* weight_grad, void* b
     together = kTileCost * tile_entries<T>(layer) < cheaper<T>(layer).cost;
     add_grads<T>(layer, static_cast<T*>(weight_grad), static_cast<T*>(bias_grad), together ? totals : nullptr);
   });
-  if (!together) add_weight_sq_norms(layer, Form::kAuto, totals);
-  return together;
+  return together || add_weight_sq_norms(layer, Form::kAuto, bias_grad != nullptr, totals);
 }
 
 }  // namespace adaselect

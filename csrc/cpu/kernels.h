@@ -197,12 +197,39 @@ struct GramSums {
   double total, diagonal;
 };
 
-// sum over s, t of <a_s, a_t> <b_s, b_t> of a [count, n] and b [count, m], strides 1 along n and m; s < t twice.
+// sum over s, t of (<a_s, a_t> + one) <b_s, b_t> of a [count, n] and b [count, m], strides 1 along n and m; s < t
+// twice.
 template <class T>
 struct GramProduct {
   const T *a, *b;
   int64_t stride_a, stride_b;
   int64_t n, m, count;
+  bool one;  // every a has one more entry, 1
+};
+
+// Winograd's form of a 3 x 3 weight gradient: tiles of 4 x 4 gradients and of the 6 x 6 inputs that they meet, each
+// taken to 36 points, where a product over tiles is left.
+inline constexpr int64_t kWinogradTile = 4, kWinogradPoints = 36;
+
+// image [lines][columns of points][width] -> out[point * pitch + tile * width + i]. Up to kPackSlack elements after the
+// last tile of a point may be overwritten, and as many be read after the image.
+template <class T>
+struct WinogradTiles {
+  const T* image;
+  int64_t rows, columns;  // of tiles
+  int64_t width;
+  T* out;
+  int64_t pitch;
+};
+
+// out[point][group][rows][width] = (add: +=) sum over tiles of a[point][group][tile][rows] b[point][tile][width].
+template <class T>
+struct WinogradProduct {
+  const T *a, *b;
+  int64_t pitch_a, pitch_b, pitch_out;  // of points
+  int64_t group_stride, groups, width, tiles;
+  bool add;
+  T* out;
 };
 
 template <class T>
@@ -218,6 +245,11 @@ struct MatrixKernels {
   double (*sum_squares)(const double* values, int64_t n, double* sums);
   GramSums (*shifted_product)(const ShiftedProduct<T>& args);
   GramSums (*gram_product)(const GramProduct<T>& args);
+  void (*winograd_grads)(const WinogradTiles<T>& args);
+  void (*winograd_input)(const WinogradTiles<T>& args);
+  void (*winograd_products)(const WinogradProduct<T>& args);
+  // The sum of the squares of the weights of `n` pairs of feature and channel, products[point * pitch + pair].
+  double (*winograd_squares)(const T* products, int64_t pitch, int64_t n);
 };
 
 // packed[k * pitch + i] = source[k * stride_k + i * stride_i], 0 for count <= i < width, in the compute type. With

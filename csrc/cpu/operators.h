@@ -134,7 +134,7 @@ at::Tensor affine_grad_sq_norms(const at::Tensor& values, const at::Tensor& grad
                                 const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& rstd,
                                 bool weight, bool bias);
 
-// The form "auto" takes, "direct" or "gram"; takes the arguments of the operators.
+// The form "auto" takes, "direct", "gram" or "winograd"; takes the arguments of the operators.
 std::string linear_grad_form(const at::Tensor& activations, const at::Tensor& grads);
 std::string conv_grad_form(const at::Tensor& input, const at::Tensor& grads, at::IntArrayRef kernel_size,
                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
