@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -390,7 +391,8 @@ def sortable(generator, kind, n, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["distinct", "heavy ties", "one value", "special"])
-@pytest.mark.parametrize("n", [1, 37, 4096, 4097, 20_000])  # bisection, its last size, radix with one chunk and more
+# bisection; the smallest sample; the last keys made once and more; chunks for several threads
+@pytest.mark.parametrize("n", [1, 37, 1025, 4096, 4097, 20_000])
 def test_select_topk(generator, dtype, kind, n):
     values = sortable(generator, kind, n, dtype)
     strided = torch.stack([values, torch.full_like(values, 9.0)], 1)[:, 0]
@@ -411,6 +413,81 @@ def test_select_topk_of_a_million(generator):
         assert torch.equal(
             kernels.select_topk(scores, k, True, "score"), reference.select_topk(scores, k, True, "score")
         )
+
+
+def sampled_rows(n):
+    """Rows whose keys place the bracket around the k-th: sampled_bracket in csrc/cpu/select.cpp."""
+    count = min(max(n // 64, 256), 4096)
+    i = torch.arange(count)
+    return i * n // count + (n // count * (i * 0x9E3779B9 % 2**32) >> 32)
+
+
+def misleading(generator, layout, n, eps):
+    """Scores in an order that makes a sample say little or nothing of them."""
+    values = 1.1 + torch.randn(n, generator=generator, dtype=torch.float64) * 1e-4  # one digit of the radix select
+    sampled = sampled_rows(n)
+    rest = torch.ones(n).index_fill(0, sampled, 0).nonzero()[:, 0]
+    below, inside, above = rest[torch.randperm(len(rest), generator=generator)].tensor_split(
+        [int(0.35 * len(rest)), int(0.75 * len(rest))]
+    )
+
+    def one_of(low, high, count):
+        return low + torch.randint(2, (count,), generator=generator).double() * (high - low)
+
+    def mislead(rows, low, high):  # the bracket of a sample of these rows, in this order, has these ends
+        again = sampled_rows(len(rows))
+        values[rows[again]] = one_of(low, high, len(again))
+
+    if layout == "high sample":
+        values[sampled] = 3.0
+    elif layout == "low sample":
+        values[sampled] = -3.0
+    elif layout == "bracket of everything":  # twice
+        mislead(torch.arange(n), -3.0, 3.0)
+        mislead(rest, 1.01, 1.21)
+    elif layout == "second bracket of everything":
+        mislead(torch.arange(n), 1.02, 1.2)
+        values[below], values[above] = -9.0, 9.0
+        mislead(inside.sort().values, 1.03, 1.19)
+    elif layout == "ends of the bracket":
+        values[sampled] = 1 + one_of(0, 4, len(sampled)) * eps
+        values[below], values[above] = 1 - 2 * eps, 1 + 9 * eps
+        values[inside] = 1 + one_of(1, 3, len(inside)) * eps
+    elif layout == "periodic":
+        values = torch.arange(n) % 64 + values
+    elif layout == "plateaus":
+        values = torch.randint(7, (n,), generator=generator).double().sort().values
+    elif layout == "few values":
+        values = torch.randint(7, (n,), generator=generator).double()
+    else:
+        values = values.sort(descending=layout == "descending").values
+    return values
+
+
+MISLEADING = ("high sample", "low sample", "bracket of everything", "second bracket of everything")
+MISLEADING += ("ends of the bracket", "periodic", "plateaus", "few values", "ascending", "descending")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", MISLEADING)
+@pytest.mark.parametrize("n", [4000, 50_003])  # keys made once; chunks for several threads, the last a partial vector
+def test_select_topk_of_misleading_orders(generator, dtype, layout, n):
+    values = misleading(generator, layout, n, torch.finfo(dtype).eps).to(dtype)
+    for largest in (True, False):
+        ranked = torch.from_numpy(np.argsort(-values.numpy() if largest else values.numpy(), kind="stable"))
+        for k in (1, 400, n // 5, n // 2, n - 400, n):
+            got = kernels.select_topk(values, k, largest, "index")  # before its memory may hold the right rows
+            assert torch.equal(got, ranked[:k].sort().values), (k, largest)
+        assert torch.equal(kernels.select_topk(values, n, largest, "score"), ranked), largest
+
+
+@pytest.mark.parametrize("n", [700, 1100])  # bisection; a sample
+def test_select_topk_of_every_k_of_neighbouring_numbers(generator, n):
+    for ranks in (torch.randperm(n, generator=generator), torch.randint(n // 3, (n,), generator=generator)):
+        values = (ranks.to(torch.int32) + 0x3F800000).view(torch.float32)
+        ranked = torch.from_numpy(np.argsort(-values.numpy(), kind="stable"))
+        for k in range(1, n + 1):
+            assert torch.equal(kernels.select_topk(values, k, True, "index"), ranked[:k].sort().values), k
 
 
 @pytest.mark.parametrize("shape", [(128, 10), (300, 1000), (20_000, 10), (40, 9, 50)])
@@ -548,6 +625,10 @@ def test_every_other_instruction_set(capability):
         "test_baseline_selectors[adaboost-index]",
     ]
     shapes += [f"test_select_topk[4097-{kind}-{dtype}]" for kind in ("heavy ties", "special") for dtype in DTYPES]
+    for layout in ("bracket of everything", "few values"):
+        shapes += [
+            f"test_select_topk_of_misleading_orders[4000-{layout}-torch.{real}]" for real in ("float32", "float64")
+        ]
     shapes += [f"test_non_finite_rows[{classes}-torch.float32]" for classes in (4, 700)]
     shapes += ["test_noise_is_exact", "test_confident_rows_keep_their_digits", "test_strides_change_nothing"]
     names = [f"{__file__}::{shape}" for shape in shapes]

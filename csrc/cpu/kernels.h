@@ -161,15 +161,20 @@ struct BatchKernels {
 };
 
 // Selection ranks unsigned keys: the best score has the largest key, NaN the key 0, -0.0 that of 0.0.
+// Keys above `high`, equal to it, strictly between `low` and `high`, and equal to `low`.
+struct SplitCounts {
+  int64_t above = 0, at_high = 0, inside = 0, at_low = 0;
+};
 template <class Key>
 struct SelectKernels {
   void (*fill)(const void* scores, int64_t stride, int64_t n, bool largest, Key* keys);
+  void (*gather)(const void* scores, int64_t stride, const int64_t* rows, int64_t n, bool largest, Key* keys);
   int64_t (*count_at_least)(const Key* keys, int64_t n, Key threshold);
   int64_t (*count_equal)(const Key* keys, int64_t n, Key value);
-  // Keys with key >> shift == prefix, in order; `out` has room for n + kCompactSlack.
-  int64_t (*compact_prefix)(const Key* keys, int64_t n, int shift, Key prefix, Key* out);
-  // first_row + i of the keys >= threshold, in order; `out` as above.
-  int64_t (*compact_rows)(const Key* keys, int64_t n, Key threshold, int64_t first_row, int64_t* out);
+  // Adds to `counts`; the keys inside follow the counts.inside in `inside`, which has room for n + kCompactSlack more.
+  void (*split)(const Key* keys, int64_t n, Key low, Key high, Key* inside, SplitCounts& counts);
+  // first_row + i of the keys >= threshold, in order, until `room` are found: returns their number.
+  int64_t (*compact_rows)(const Key* keys, int64_t n, Key threshold, int64_t first_row, int64_t* out, int64_t room);
 };
 inline constexpr int64_t kCompactSlack = 16;
 

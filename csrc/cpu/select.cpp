@@ -15,10 +15,12 @@ namespace {
 
 constexpr int64_t kBlockKeys = 1024;  // keys are made and used a block at a time, in the first-level cache
 constexpr int64_t kChunkKeys = 16 * kBlockKeys;
-constexpr int64_t kGrainChunks = 2;  // worth a thread of their own
-constexpr int64_t kSmall = 4096;     // up to here one block and bisection do
+constexpr int64_t kGrainChunks = 2;   // worth a thread of their own
+constexpr int64_t kSmall = 4096;      // up to here the keys are made once
+constexpr int64_t kFew = kBlockKeys;  // up to here bisection finds the k-th
+constexpr int64_t kFewestSampled = 256, kMostSampled = 4096, kKeysPerSample = 64;
 constexpr int kDigitBits = 11;
-constexpr int64_t kDigits = int64_t{1} << kDigitBits;
+constexpr int64_t kRadixSorted = 1024;  // above, a radix sort beats comparisons
 
 // Where keys come from: scores of any dtype and stride, or keys compacted before.
 template <class Key>
@@ -35,9 +37,14 @@ struct KeySource {
     kernel.fill(static_cast<const char*>(scores) + begin * stride * element_size, stride, count, largest, buffer);
     return buffer;
   }
+  void gather(const int64_t* rows, int64_t count, Key* keys) const {
+    if (compacted == nullptr) return kernel.gather(scores, stride, rows, count, largest, keys);
+    for (int64_t i = 0; i < count; ++i) keys[i] = compacted[rows[i]];
+  }
   Key at(int64_t row) const {
     Key key;
-    return *get(row, 1, &key);
+    gather(&row, 1, &key);
+    return key;
   }
   int64_t chunks() const { return (n + kChunkKeys - 1) / kChunkKeys; }
   // f(keys, count, first key) for the blocks of a chunk.
@@ -52,139 +59,242 @@ struct KeySource {
   }
 };
 
-using Histogram = std::array<int64_t, kDigits>;
+// Keys from `low` to `high`, both included.
+template <class Key>
+struct Bracket {
+  Key low = 0, high = ~Key{0};
+};
+
+struct Count {
+  int64_t above = 0, equal = 0;  // keys above a threshold, and equal to it
+};
+
+// The keys of a source counted against a bracket, and those strictly inside it. Ties may pile up at the ends: there
+// they are only counted.
+template <class Key>
+struct Split {
+  struct Chunk : SplitCounts {
+    int64_t first = 0;  // of its keys inside
+  };
+  Bracket<Key> bracket;
+  Scratch memory;
+  KeySource<Key> inside;  // a chunk's together, the chunks in any order
+  std::vector<Chunk> chunks;
+  SplitCounts total;
+
+  Split(const KeySource<Key>& source, Bracket<Key> bracket)
+      : bracket(bracket),
+        memory(source.n * static_cast<int64_t>(sizeof(Key))),  // pages without keys are never touched
+        inside(source),
+        chunks(source.chunks()) {
+    Key* kept = memory.template take<Key>(0);
+    inside.compacted = kept;
+    std::atomic<int64_t> filled{0};
+    at::parallel_for(0, source.chunks(), kGrainChunks, [&](int64_t begin, int64_t end) {
+      alignas(64) Key found[kChunkKeys + kCompactSlack];
+      for (int64_t i = begin; i < end; ++i) {
+        Chunk& chunk = chunks[i];
+        source.for_each_block(i, [&](const Key* keys, int64_t count, int64_t) {
+          source.kernel.split(keys, count, bracket.low, bracket.high, found, chunk);
+        });
+        chunk.first = filled.fetch_add(chunk.inside);
+        std::memcpy(kept + chunk.first, found, chunk.inside * sizeof(Key));
+      }
+    });
+    for (const Chunk& chunk : chunks) {
+      total.above += chunk.above;
+      total.at_high += chunk.at_high;
+      total.at_low += chunk.at_low;
+    }
+    total.inside = inside.n = filled.load();
+  }
+
+  bool holds(int64_t k) const {
+    const int64_t at_low = bracket.low < bracket.high ? total.at_low : 0;  // else the same keys as at_high
+    return total.above < k && k <= total.above + total.at_high + total.inside + at_low;
+  }
+  // Of each chunk, for a threshold in the bracket.
+  std::vector<Count> counts(Key threshold) const {
+    std::vector<Count> found;
+    for (const Chunk& chunk : chunks) {
+      const Key* keys = inside.compacted + chunk.first;
+      const bool at_high = threshold == bracket.high, at_low = threshold == bracket.low;
+      Count count{chunk.above, at_high ? chunk.at_high : chunk.at_low};
+      if (!at_high) count.above += chunk.at_high + inside.kernel.count_at_least(keys, chunk.inside, threshold + 1);
+      if (!at_high && !at_low) count.equal = inside.kernel.count_equal(keys, chunk.inside, threshold);
+      found.push_back(count);
+    }
+    return found;
+  }
+};
 
 template <class Key>
-Histogram digit_histogram(const KeySource<Key>& source, int shift, Key mask) {
-  Histogram total{};
+Key kth_largest(const KeySource<Key>& source, Bracket<Key> range, int64_t k);
+
+// A bracket that holds the k-th largest key unless a sample misleads: the ranks of the sample four standard deviations
+// to either side.
+template <class Key>
+Bracket<Key> sampled_bracket(const KeySource<Key>& source, Bracket<Key> range, int64_t k) {
+  const int64_t n = source.n, count = std::clamp(n / kKeysPerSample, kFewestSampled, kMostSampled), step = n / count;
+  int64_t rows[kMostSampled];
+  Key keys[kMostSampled];
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t jitter = static_cast<uint32_t>(i) * 0x9E3779B9u;  // scores may have a period
+    rows[i] = i * n / count + (step * int64_t{jitter} >> 32);
+  }
+  source.gather(rows, count, keys);
+  KeySource<Key> sample = source;
+  sample.n = count;
+  sample.compacted = keys;
+  const double share = static_cast<double>(k) / static_cast<double>(n), rank = share * static_cast<double>(count);
+  const double margin = 4 * std::sqrt(rank * (1 - share)) + 2;
+  const auto first = static_cast<int64_t>(rank - margin), last = static_cast<int64_t>(rank + margin) + 1;
+  if (first >= 1) range.high = kth_largest<Key>(sample, range, first);
+  if (last <= count) range.low = kth_largest<Key>(sample, range, last);
+  return range;
+}
+
+// A bracket that holds the k-th largest of keys in `range`: those that agree with it in the next digit.
+template <class Key>
+Bracket<Key> digit_bracket(const KeySource<Key>& source, Bracket<Key> range, int64_t k) {
+  constexpr int64_t digits = int64_t{1} << kDigitBits;
+  int shift = 0;
+  while ((range.high - range.low) >> shift >= Key{digits}) ++shift;
+  std::array<int64_t, digits> total{};
   std::mutex mutex;
   at::parallel_for(0, source.chunks(), kGrainChunks, [&](int64_t begin, int64_t end) {
     // Neighbouring keys often share a digit: four tables keep their increments independent.
-    std::array<std::array<uint32_t, kDigits>, 4> tables{};
+    std::array<std::array<uint32_t, digits>, 4> tables{};
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       source.for_each_block(chunk, [&](const Key* keys, int64_t count, int64_t) {
         int64_t i = 0;
         for (; i + 4 <= count; i += 4) {
-          for (int j = 0; j < 4; ++j) ++tables[j][keys[i + j] >> shift & mask];
+          for (int j = 0; j < 4; ++j) ++tables[j][(keys[i + j] - range.low) >> shift];
         }
-        for (; i < count; ++i) ++tables[0][keys[i] >> shift & mask];
+        for (; i < count; ++i) ++tables[0][(keys[i] - range.low) >> shift];
       });
     }
     std::lock_guard<std::mutex> lock(mutex);
-    for (int64_t d = 0; d < kDigits; ++d)
-      total[d] += int64_t{tables[0][d]} + tables[1][d] + tables[2][d] + tables[3][d];
+    for (int64_t d = 0; d < digits; ++d) total[d] += int64_t{tables[0][d]} + tables[1][d] + tables[2][d] + tables[3][d];
   });
-  return total;
+  int64_t digit = digits - 1;
+  while (total[digit] < k) k -= total[digit--];
+  const Key low = range.low + (Key(digit) << shift);
+  return {low, std::min(range.high, low + ((Key{1} << shift) - 1))};
 }
 
-// Copies the keys with key >> shift == prefix to `out`, in no particular order.
+// A split whose bracket holds the k-th largest of keys in `range`, and less than half of the keys or one digit.
 template <class Key>
-void gather_candidates(const KeySource<Key>& source, int shift, Key prefix, Key* out) {
-  std::atomic<int64_t> filled{0};
-  at::parallel_for(0, source.chunks(), kGrainChunks, [&](int64_t begin, int64_t end) {
-    alignas(64) Key matches[kBlockKeys + kCompactSlack];
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      source.for_each_block(chunk, [&](const Key* keys, int64_t count, int64_t) {
-        const int64_t found = source.kernel.compact_prefix(keys, count, shift, prefix, matches);
-        std::memcpy(out + filled.fetch_add(found), matches, found * sizeof(Key));
-      });
-    }
-  });
+Split<Key> split_around(const KeySource<Key>& source, Bracket<Key> range, int64_t k) {
+  const Bracket<Key> bracket = sampled_bracket<Key>(source, range, k);
+  Split<Key> sampled(source, bracket);
+  if (sampled.holds(k) && sampled.total.inside <= source.n / 2) return sampled;
+  return Split<Key>(source, digit_bracket<Key>(source, range, k));
 }
 
-// The k-th largest key: radix select from the highest digit, then bisection once few candidates are left.
 template <class Key>
-Key kth_largest(KeySource<Key> source, int64_t k) {
-  std::optional<Scratch> candidates;
-  Key threshold = 0;  // its bits from `shift` up are known
-  int shift = sizeof(Key) * 8;
-  while (source.n > kSmall && shift > 0) {
-    const int digit_bits = std::min(shift, kDigitBits);
-    shift -= digit_bits;
-    const Histogram histogram = digit_histogram<Key>(source, shift, (Key{1} << digit_bits) - 1);
-    int64_t digit = kDigits - 1;
-    while (histogram[digit] < k) k -= histogram[digit--];
-    threshold |= Key(digit) << shift;
-    const int64_t left = histogram[digit];
-    if (left == source.n || shift == 0) continue;  // all share the digit
-    Scratch kept(left * static_cast<int64_t>(sizeof(Key)));
-    Key* out = kept.template take<Key>(0);
-    gather_candidates<Key>(source, shift, threshold >> shift, out);
-    candidates = std::move(kept);
-    source.compacted = out;
-    source.n = left;
-  }
-  if (shift == 0) return threshold;
-  alignas(64) Key buffer[kSmall];
+Key kth_of_split(const Split<Key>& split, int64_t k) {
+  const auto [low, high] = split.bracket;
+  k -= split.total.above + split.total.at_high;
+  if (k <= 0) return high;
+  if (k > split.total.inside) return low;
+  return kth_largest<Key>(split.inside, {low + 1, high - 1}, k);
+}
+
+// The k-th largest of keys in `range`.
+template <class Key>
+Key kth_largest(const KeySource<Key>& source, Bracket<Key> range, int64_t k) {
+  if (source.n > kFew) return kth_of_split<Key>(split_around<Key>(source, range, k), k);
+  alignas(64) Key buffer[kFew];
   const Key* keys = source.get(0, source.n, buffer);
-  while (--shift >= 0) {
-    const Key higher = threshold | Key{1} << shift;
-    if (source.kernel.count_at_least(keys, source.n, higher) >= k) threshold = higher;
+  while (range.low < range.high) {
+    const Key middle = range.high - (range.high - range.low) / 2;
+    if (source.kernel.count_at_least(keys, source.n, middle) >= k) {
+      range.low = middle;
+    } else {
+      range.high = middle - 1;
+    }
   }
-  return threshold;
+  return range.low;
 }
 
-// Rows of the keys above `threshold` and of the first keys equal to it, k in all, ascending.
+// Rows of the keys above `threshold` and of the first keys equal to it, k in all, ascending; `counts` of each chunk.
 template <class Key>
-void emit(const KeySource<Key>& source, Key threshold, int64_t k, int64_t* indices) {
-  struct Count {
-    int64_t above = 0, equal = 0;
-  };
-  std::vector<Count> counts(source.chunks());
-  at::parallel_for(0, source.chunks(), kGrainChunks, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      source.for_each_block(chunk, [&](const Key* keys, int64_t count, int64_t) {
-        const int64_t equal = source.kernel.count_equal(keys, count, threshold);
-        counts[chunk].equal += equal;
-        counts[chunk].above += source.kernel.count_at_least(keys, count, threshold) - equal;
-      });
-    }
-  });
-  Count total;  // and each chunk's count becomes what lies before it
-  for (Count& count : counts) {
-    const Count here = count;
-    count = total;
-    total.above += here.above;
-    total.equal += here.equal;
+void emit(const KeySource<Key>& source, Key threshold, std::vector<Count> counts, int64_t k, int64_t* indices) {
+  int64_t ties = k;  // the lowest rows of those equal to the threshold
+  for (const Count& count : counts) ties -= count.above;
+  std::vector<int64_t> ends(counts.size());  // of each chunk's rows
+  int64_t end = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    counts[i].equal = std::min(ties, counts[i].equal);
+    ties -= counts[i].equal;
+    ends[i] = end += counts[i].above + counts[i].equal;
   }
-  const int64_t ties = k - total.above;  // the lowest rows of those equal to the threshold
   at::parallel_for(0, source.chunks(), kGrainChunks, [&](int64_t begin, int64_t end) {
-    alignas(64) int64_t rows[kBlockKeys + kCompactSlack];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      int64_t ties_left = ties - std::min(ties, counts[chunk].equal);
-      int64_t* out = indices + counts[chunk].above + (ties - ties_left);
+      int64_t ties_left = counts[chunk].equal, room = counts[chunk].above + ties_left;
+      if (room == 0) continue;
       source.for_each_block(chunk, [&](const Key* keys, int64_t count, int64_t first) {
+        int64_t* out = indices + ends[chunk] - room;
         const int64_t equal = ties_left > 0 ? source.kernel.count_equal(keys, count, threshold) : 0;
-        int64_t found = 0;
         if (equal <= ties_left) {  // all equal keys or none of them
-          found = source.kernel.compact_rows(keys, count, ties_left > 0 ? threshold : threshold + 1, first, rows);
+          room -= source.kernel.compact_rows(keys, count, ties_left > 0 ? threshold : threshold + 1, first, out, room);
           ties_left -= equal;
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            if (keys[i] > threshold || (keys[i] == threshold && ties_left-- > 0)) rows[found++] = first + i;
-          }
-          ties_left = 0;
+          return;
         }
-        std::memcpy(out, rows, found * sizeof(int64_t));
-        out += found;
+        for (int64_t i = 0; i < count; ++i) {
+          if (keys[i] < threshold || (keys[i] == threshold && ties_left-- <= 0)) continue;
+          *out++ = first + i;
+          --room;
+        }
+        ties_left = 0;
       });
     }
   });
 }
 
+// Rows of the k largest keys, the lowest of equal ones, ascending.
+template <class Key>
+void choose(KeySource<Key> source, int64_t k, int64_t* indices) {
+  alignas(64) Key buffer[kSmall];
+  if (source.n <= kSmall) source.compacted = source.get(0, source.n, buffer);
+  if (source.n > kFew) {
+    const Split<Key> split = split_around<Key>(source, {}, k);
+    const Key threshold = kth_of_split<Key>(split, k);
+    emit<Key>(source, threshold, split.counts(threshold), k, indices);
+  } else {
+    const Key threshold = kth_largest<Key>(source, {}, k);
+    const int64_t equal = source.kernel.count_equal(source.compacted, source.n, threshold);
+    const int64_t above = source.kernel.count_at_least(source.compacted, source.n, threshold) - equal;
+    emit<Key>(source, threshold, {{above, equal}}, k, indices);
+  }
+}
+
+// Rows given in ascending order, best first; equal keys keep their order.
 template <class Key>
 void sort_by_score(const KeySource<Key>& source, int64_t k, int64_t* indices) {
+  std::vector<Key> keys(k);
+  source.gather(indices, k, keys.data());
   std::vector<std::pair<Key, int64_t>> ranked(k);
-  for (int64_t i = 0; i < k; ++i) ranked[i] = {~source.at(indices[i]), indices[i]};
-  std::sort(ranked.begin(), ranked.end());
+  for (int64_t i = 0; i < k; ++i) ranked[i] = {~keys[i], indices[i]};
+  if (k <= kRadixSorted) {
+    std::sort(ranked.begin(), ranked.end());
+  } else {
+    std::vector<std::pair<Key, int64_t>> sorted(k);
+    for (int shift = 0; shift < static_cast<int>(sizeof(Key)) * 8; shift += 8) {
+      std::array<int64_t, 257> first{};  // place of each digit
+      for (const auto& one : ranked) ++first[(one.first >> shift & 255) + 1];
+      for (int digit = 0; digit < 256; ++digit) first[digit + 1] += first[digit];
+      for (const auto& one : ranked) sorted[first[one.first >> shift & 255]++] = one;
+      ranked.swap(sorted);
+    }
+  }
   for (int64_t i = 0; i < k; ++i) indices[i] = ranked[i].second;
 }
 
 template <class Key>
-void select_keys(KeySource<Key> source, int64_t k, bool by_score, int64_t* indices) {
-  alignas(64) Key buffer[kSmall];
-  if (source.n <= kSmall) source.compacted = source.get(0, source.n, buffer);
-  emit<Key>(source, kth_largest<Key>(source, k), k, indices);
+void select_keys(const KeySource<Key>& source, int64_t k, bool by_score, int64_t* indices) {
+  choose<Key>(source, k, indices);
   if (by_score) sort_by_score<Key>(source, k, indices);
 }
 
@@ -218,7 +328,7 @@ void mark_best(KeySource<Key> source, double gamma, bool* mask) {
   const int64_t k = infinite + std::min(finite, std::max<int64_t>(1, static_cast<int64_t>(wanted)));
   Scratch scratch(k * static_cast<int64_t>(sizeof(int64_t)));
   int64_t* indices = scratch.take<int64_t>(0);
-  emit<Key>(source, kth_largest<Key>(source, k), k, indices);
+  choose<Key>(source, k, indices);
   for (int64_t i = 0; i < k; ++i) mask[indices[i]] = infinite == 0 || source.at(indices[i]) < infinity;
 }
 
