@@ -103,12 +103,28 @@ def test_strides_change_nothing(generator, dtype, classes):
         assert torch.equal(stats_of(view, targets), stats_of(view.contiguous(), targets)), name
 
 
-def test_last_row_at_the_end_of_memory(generator):
-    """Whole-vector loads of a narrow row must not rely on what follows the tensor."""
-    logits, targets = draw(generator, 17, 5)
-    expected = stats_of(logits, targets)
-    for rows in range(1, 18):
-        assert torch.equal(stats_of(logits[:rows].clone(), targets[:rows]), expected[:, :rows])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [2, 5, 20])
+def test_a_row_depends_on_no_other(generator, dtype, classes):
+    """Whole-vector loads of a narrow row must not rely on what follows the tensor; rows are finished many at a time."""
+    logits, targets = draw(generator, 150, classes, dtype)
+    logits[[3, 70, 149], 1] = math.nan
+    targets[[5, 64, 140]] = -100
+    expected = stats_of(logits, targets).nan_to_num(nan=1e9)
+    for rows in (*range(1, 18), 63, 64, 65, 129, 150):
+        got = stats_of(logits[:rows].clone(), targets[:rows])
+        assert torch.equal(got.nan_to_num(nan=1e9), expected[:, :rows])
+
+
+@pytest.mark.parametrize("classes", [2, 10, 128, 1000, 4097])
+def test_what_cannot_happen_adds_nothing(generator, classes):
+    """e^(z - m) of -inf and of a logit far below the largest is exactly 0."""
+    logits, targets = torch.full((20, classes), -math.inf), torch.randint(classes, (20,), generator=generator)
+    logits[10:] = -200.0
+    logits.scatter_(1, targets[:, None], torch.rand(20, 1, generator=generator))
+    certain = {"loss": 0.0, "grad_norm": 0.0, "entropy": 0.0, "confidence": 1.0}
+    got = stats_of(logits, targets, [STATS.index(name) for name in certain])
+    assert torch.equal(got, torch.tensor(list(certain.values()))[:, None].expand(-1, 20))
 
 
 def test_int32_and_strided_targets(generator):
@@ -216,7 +232,7 @@ def test_sequences(generator, dtype, unit):
 def test_bad_target_is_refused_before_anything_changes(generator, bad, shape):
     logits = torch.randn(*shape, generator=generator)
     targets = torch.randint(10, shape[:-1], generator=generator)
-    targets.view(-1)[[17, 40]] = bad
+    targets.view(-1)[[17, 19, 40]] = bad
     state = AdaSelectionState.create(METHODS)
     before = state.buffer.clone()
     message = rf"^target {bad} of row 17 is outside \[0, 10\) and not ignore_index=-100$"
