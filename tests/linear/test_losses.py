@@ -140,7 +140,8 @@ def test_several_blocks_of_rows_and_classes(generator, dtype):
     """Wide rows: blocks of 256 rows and classes, gradients summed over them; a fifth of the rows has weight 0."""
     n, width, classes = 400, 16384, 270
     rows = torch.randn(n, width, generator=generator).to(dtype)
-    weight = (torch.randn(classes, width, generator=generator) / 50).to(dtype)
+    # so small that no row's probability is near 1, which would make the largest error one of a few rows
+    weight = (torch.randn(classes, width, generator=generator) / 200).to(dtype)
     targets = torch.randint(classes, (n,), generator=generator)
     row_weight = torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) < 0.8)
     lse = reference.linear_logits(rows, weight, None, 0.0, 1.0).logsumexp(1)
