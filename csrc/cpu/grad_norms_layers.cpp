@@ -53,7 +53,7 @@ void append_runs(std::vector<Run>& runs, int64_t first, int64_t step, int64_t le
 
 template <class T>
 int64_t tiles_bytes() {
-  return kGroupBlock * matrix_kernels<T>().rows * 2 * matrix_kernels<T>().lanes * 8;
+  return kGroupBlock * matrix_kernels<T>().rows * 2 * matrix_kernels<T>().lanes * sizeof(double);
 }
 
 // ---- direct
@@ -257,7 +257,7 @@ struct WinogradScratch {
       : row_groups(ceil_div(l.features, matrix_kernels<T>().rows)),
         pitch_grads(row_groups * plan.tiles * matrix_kernels<T>().rows + kPackSlack),
         pitch_input(plan.tiles * 2 * matrix_kernels<T>().lanes + kPackSlack),
-        pitch_products(tiles_bytes<T>() / 8 + kPackSlack),
+        pitch_products(tiles_bytes<T>() / sizeof(double) + kPackSlack),
         memory(Scratch::aligned(image_bytes(plan)) + Scratch::aligned(kWinogradPoints * pitch_grads * sizeof(T)) +
                Scratch::aligned(kWinogradPoints * pitch_input * sizeof(T)) +
                Scratch::aligned(kWinogradPoints * pitch_products * sizeof(T))),

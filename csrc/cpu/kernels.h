@@ -32,7 +32,6 @@ struct RowStatsArgs {
   // Strides in elements.
   int64_t logits_outer, logits_inner, logits_class;
   int64_t targets_outer, targets_inner;
-  int64_t extent;  // elements from `logits` on that belong to the tensor
   int64_t ignore_index;
   double label_smoothing;
   int32_t stats[kStats];

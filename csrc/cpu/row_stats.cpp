@@ -29,8 +29,6 @@ RowStatsArgs describe(const at::Tensor& logits, const at::Tensor& targets, at::A
   args.logits_class = logits.stride(-1);
   args.targets_outer = targets.stride(0);
   args.targets_inner = sequences ? targets.stride(1) : 0;
-  args.extent = 1;
-  for (int64_t d = 0; d < logits.dim(); ++d) args.extent += (logits.size(d) - 1) * logits.stride(d);
   args.ignore_index = ignore_index;
   args.label_smoothing = label_smoothing;
   args.n_stats = static_cast<int32_t>(stats.size());
