@@ -6,8 +6,7 @@ The first two are one step where no component needs a moment of the whole batch:
 are rescaled.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor
 from adaselect_kernels.kernels.batch_terms import (
     BIG,
     COMPONENTS,
-    CORESET1,
     GRAD,
     LANES,
     MIDDLE,
-    NO_OPTIONS,
     SMALL,
     USES_MIDDLE,
     USES_NOISE,
@@ -30,11 +27,10 @@ from adaselect_kernels.kernels.batch_terms import (
     Rows,
     RowsShape,
     baseline_key,
-    component,
+    component_sums,
     load_block,
     load_rows,
     load_step,
-    make_plan,
     mixed_score,
     moments,
     reward,
@@ -49,17 +45,8 @@ from adaselect_kernels.kernels.maths import (
     last_to_arrive,
     ordered_key,
 )
-from adaselect_kernels.kernels.runtime import Launch, cached, ceil_div, counters, launch_device, up_to
-from adaselect_kernels.kernels.select import (
-    RadixTuning,
-    RadixWork,
-    chunks,
-    publish_digit,
-    radix_work,
-    select_step,
-    select_topk,
-)
-from adaselect_kernels.options import METHODS
+from adaselect_kernels.kernels.runtime import Launch, cached, counters, up_to
+from adaselect_kernels.kernels.select import RadixTuning, RadixWork, chunks, publish_digit, radix_work, select_step
 
 # Numbers a large batch keeps between its steps, float64. First the state before the call and its step:
 STATE_SLOTS = tl.constexpr(16)
@@ -153,20 +140,6 @@ def moments_step(
     if ONLINE:
         tl.store(at + (SUMS_AT + lane) * programs, sums)
         tl.store(at + (SUMS_AT + LANES + lane) * programs, weighted)
-
-
-@triton.jit
-def component_sums(loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED: tl.constexpr):
-    """sum e_c and sum e_c l of the used components, 0 of the others: [LANES] float64 both."""
-    lane = tl.arange(0, LANES)
-    sums = tl.zeros([LANES], tl.float64)
-    weighted = tl.zeros([LANES], tl.float64)
-    for c in tl.static_range(COMPONENTS):
-        if (USED >> c) & 1:
-            e = component(c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
-            sums = tl.where(lane == c, tl.sum(e, axis=0).to(tl.float64), sums)
-            weighted = tl.where(lane == c, tl.sum(e * loss, axis=0).to(tl.float64), weighted)
-    return sums, weighted
 
 
 @triton.jit
@@ -453,26 +426,9 @@ def chosen_loss_kernel(
         tl.store(mean_ptr, tl.where(count > 0, total / tl.maximum(count, 1.0), float("nan")))
 
 
-@triton.jit(do_not_specialize=["k"])
-def strike_kernel(keys_ptr, chosen_ptr, k, BLOCK: tl.constexpr):
-    """NaN, after every other key, in the rows `chosen` [k]."""
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(chosen_ptr + position, mask=position < k, other=0)
-    tl.store(keys_ptr + rows, tl.full([BLOCK], float("nan"), keys_ptr.dtype.element_ty), mask=position < k)
-
-
-@triton.jit(do_not_specialize=["k"])
-def copy_rows_kernel(from_ptr, to_ptr, chosen_ptr, k, BLOCK: tl.constexpr):
-    """to[row] = from[row] for the rows `chosen` [k]."""
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.load(chosen_ptr + position, mask=position < k, other=0)
-    tl.store(to_ptr + rows, tl.load(from_ptr + rows, mask=position < k, other=0.0), mask=position < k)
-
-
 # By the most rows. 4 rows a thread: noise and six exponentials a row want many warps, not registers. Every program reads
 # the partials of all: a number a thread.
 LARGE = {2**31: RadixTuning(block=1024, warps=8, programs=256)}
-MOVE_BLOCK, MOVE_WARPS = 1024, 4
 
 
 class _Large(NamedTuple):
@@ -524,7 +480,7 @@ def _large_launch(shape: RowsShape, plan: Plan, steps: Steps, k: int) -> _Large:
     )
 
 
-def _run_steps(
+def run_steps(
     rows: Rows, state: Tensor | None, plan: Plan, steps: Steps, k: int, seed: int, *,
     summary: Tensor | None = None, scores: Tensor | None = None, n_valid: Tensor | None = None,
     given: Tensor | None = None,
@@ -548,59 +504,8 @@ def _run_steps(
     return summary, indices if steps.select else None
 
 
-def many_programs(
-    rows: Rows, state: Tensor | None, plan: Plan, k: int, select: bool, seed: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores, number of valid rows and, when `select`, the chosen rows in ascending order, of any batch."""
-    losses = rows.losses
-    n, device = losses.shape[0], losses.device
-    scores = torch.empty(n, dtype=torch.float32, device=device)
-    n_valid = torch.empty((), dtype=torch.int64, device=device)
-    out = {"scores": scores, "n_valid": n_valid}
-    key_method = plan.methods[0] if plan.baseline else -1
-    last = Steps(True, not plan.baseline, True, key_method, final=True, select=select)
-    with launch_device(losses):
-        if plan.selected:
-            summary, _ = _run_steps(rows, state, plan, Steps(moments=True), k, seed)
-            given = torch.empty(len(plan.methods), dtype=torch.float64, device=device)
-            for i, method in enumerate(plan.methods):
-                _chosen_loss(rows, baseline_choice(rows, method, summary, k, seed), given[i])
-            last = replace(last, moments=False, given=True)
-            _, indices = _run_steps(rows, state, plan, last, k, seed, summary=summary, given=given, **out)
-        else:
-            _, indices = _run_steps(rows, state, plan, last, k, seed, **out)
-    return scores, n_valid, indices
-
-
-def _key(rows: Rows, method: str, summary: Tensor, seed: int) -> Tensor:
-    """Baseline key [N] of one method, -inf on invalid rows."""
-    code = METHODS.index(method)
-    dtype = torch.float64 if rows.losses.dtype == torch.float64 else torch.float32
-    key = torch.empty(rows.losses.shape[0], dtype=dtype, device=rows.losses.device)
-    steps = Steps(scores=True, key_method=code)
-    _run_steps(rows, None, make_plan((code,), False, NO_OPTIONS), steps, 0, seed, summary=summary, scores=key)
-    return key
-
-
-def baseline_choice(rows: Rows, method: int, summary: Tensor, k: int, seed: int) -> Tensor:
-    """[k] rows that `method` alone chooses, in no particular order."""
-    if method != CORESET1.value:
-        return select_topk(_key(rows, METHODS[method], summary, seed), k, True, "index")
-    # ceil(k/2) largest losses, then floor(k/2) smallest of the others
-    largest = select_topk(_key(rows, "big_loss", summary, seed), k - k // 2, True, "index")
-    if k == 1:
-        return largest
-    key = _key(rows, "small_loss", summary, seed)
-    _move_launch(strike_kernel, k - k // 2)(key, largest)
-    return torch.cat([largest, select_topk(key, k // 2, True, "index")])
-
-
-@cached
-def _move_launch(kernel, k: int) -> Launch:
-    return Launch(kernel, (ceil_div(k, MOVE_BLOCK),), (k,), {"BLOCK": MOVE_BLOCK}, MOVE_WARPS)
-
-
-def _chosen_loss(rows: Rows, chosen: Tensor, out: Tensor) -> None:
+def chosen_loss(rows: Rows, chosen: Tensor, out: Tensor) -> None:
+    """Mean loss of the valid rows among `chosen` [k] -> out, one float64."""
     launch = _chosen_loss_launch(rows.shape, chosen.shape[0])
     partials = torch.empty(2 * launch.grid[0], dtype=torch.float64, device=chosen.device)
     launch(*rows.tensors, chosen, partials, counters(chosen.device, 1), out)
@@ -613,15 +518,3 @@ def _chosen_loss_launch(shape: RowsShape, k: int) -> Launch:
     constants = shape.flags() | {"BLOCK": tuning.block, "MAX_PROGRAMS": tuning.programs}
     integers = (k, shape.n, iterations, programs, *shape.strides)
     return Launch(chosen_loss_kernel, (programs,), integers, constants, tuning.warps)
-
-
-def choose_coreset1(rows: Rows, scores: Tensor, k: int, order: str, seed: int) -> Tensor:
-    """Both ends of the losses: the k rows coreset1 alone chooses, ordered by row or by `scores`."""
-    plan = make_plan((CORESET1.value,), False, NO_OPTIONS)
-    with launch_device(rows.losses):
-        summary, _ = _run_steps(rows, None, plan, Steps(moments=True), k, seed)
-        chosen = baseline_choice(rows, CORESET1.value, summary, k, seed)
-        # scores of the chosen rows, NaN (after every number) elsewhere
-        masked = torch.full_like(scores, math.nan)
-        _move_launch(copy_rows_kernel, k)(scores, masked, chosen)
-    return select_topk(masked, k, True, order)

@@ -6,8 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from adaselect_kernels.kernels.batch_terms import (
-    COMPONENTS,
-    LANES,
     USES_GRAD,
     USES_MIDDLE,
     USES_NOISE,
@@ -15,7 +13,7 @@ from adaselect_kernels.kernels.batch_terms import (
     Rows,
     RowsShape,
     baseline_key,
-    component,
+    component_sums,
     load_rows,
     load_step,
     mixed_score,
@@ -36,7 +34,6 @@ def score_batch(
     STANDARDIZE: tl.constexpr, LOG_RATIO: tl.constexpr, HAS_FLOOR: tl.constexpr, CURRICULUM: tl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK] float32 of a whole batch in one program, the number of valid rows; updates the state."""
-    lane = tl.arange(0, LANES)
     step = load_step(state_ptr, HAS_STATE, M)
     noise = loss
     if USES_NOISE & USED:
@@ -64,13 +61,9 @@ def score_batch(
             middle_min = tl.min(tl.where(ok, tl.abs(loss - l_mean), float("inf")), axis=0)
 
         # 2. sums of every component, alone and weighted by the losses
-        sums = tl.full([LANES], 1.0, tl.float64)
-        weighted = tl.zeros([LANES], tl.float64)
-        for c in tl.static_range(COMPONENTS):
-            if (USED >> c) & 1:
-                e = component(c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
-                sums = tl.where(lane == c, tl.sum(e, axis=0).to(tl.float64), sums)
-                weighted = tl.where(lane == c, tl.sum(e * loss, axis=0).to(tl.float64), weighted)
+        sums, weighted = component_sums(
+            loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED
+        )
 
         # 3. weights, then s = r sum_m w alpha
         factors = weigh(

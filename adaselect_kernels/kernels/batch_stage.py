@@ -1,7 +1,8 @@
 """Scores of a batch from its losses (AdaSelection, equations 2 to 6), and the baselines' keys; the state is updated here.
 
 A batch takes three steps: moments of the losses, sums of the components, then the scores. Up to ONE_PROGRAM_ROWS rows one
-program does all three (batch_small.py); beyond, one launch has a step of many programs for each (batch_large.py).
+program does all three (batch_small.py); beyond, one launch has a step of many programs for each
+(batch_large.py), and batch_choices.py has what a method alone would choose.
 """
 
 import math
@@ -11,24 +12,52 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from adaselect_kernels.kernels.batch_large import (
-    LARGE,
+from adaselect_kernels.kernels.batch_choices import (
     MOVE_BLOCK,
     MOVE_WARPS,
-    Steps,
+    baseline_choice,
     choose_coreset1,
-    chosen_loss_kernel,
     copy_rows_kernel,
-    large_kernel,
-    many_programs,
-    step_flags,
     strike_kernel,
 )
+from adaselect_kernels.kernels.batch_large import (
+    LARGE,
+    Steps,
+    chosen_loss,
+    chosen_loss_kernel,
+    large_kernel,
+    run_steps,
+    step_flags,
+)
 from adaselect_kernels.kernels.batch_small import batch_kernel, one_program
-from adaselect_kernels.kernels.batch_terms import CORESET1, NO_OPTIONS, Rows, make_plan
+from adaselect_kernels.kernels.batch_terms import CORESET1, NO_OPTIONS, Plan, Rows, make_plan
 from adaselect_kernels.kernels.runtime import Compilation, launch_device
 from adaselect_kernels.kernels.select import ALL_ROWS_RANKED, ONE_PROGRAM_ROWS, block_warps, sort_chosen
 from adaselect_kernels.options import METHODS, PackedOptions
+
+
+def many_programs(
+    rows: Rows, state: Tensor | None, plan: Plan, k: int, select: bool, seed: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores, number of valid rows and, when `select`, the chosen rows in ascending order, of any batch."""
+    losses = rows.losses
+    n, device = losses.shape[0], losses.device
+    scores = torch.empty(n, dtype=torch.float32, device=device)
+    n_valid = torch.empty((), dtype=torch.int64, device=device)
+    out = {"scores": scores, "n_valid": n_valid}
+    key_method = plan.methods[0] if plan.baseline else -1
+    last = Steps(True, not plan.baseline, True, key_method, final=True, select=select)
+    with launch_device(losses):
+        if plan.selected:
+            summary, _ = run_steps(rows, state, plan, Steps(moments=True), k, seed)
+            given = torch.empty(len(plan.methods), dtype=torch.float64, device=device)
+            for i, method in enumerate(plan.methods):
+                chosen_loss(rows, baseline_choice(rows, method, summary, k, seed), given[i])
+            last = replace(last, moments=False, given=True)
+            _, indices = run_steps(rows, state, plan, last, k, seed, summary=summary, given=given, **out)
+        else:
+            _, indices = run_steps(rows, state, plan, last, k, seed, **out)
+    return scores, n_valid, indices
 
 
 def score_rows(

@@ -267,6 +267,20 @@ def mixed_score(
     return score
 
 
+@triton.jit
+def component_sums(loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min, USED: tl.constexpr):
+    """sum e_c and sum e_c l of the used components, 0 of the others: [LANES] float64 both."""
+    lane = tl.arange(0, LANES)
+    sums = tl.zeros([LANES], tl.float64)
+    weighted = tl.zeros([LANES], tl.float64)
+    for c in tl.static_range(COMPONENTS):
+        if (USED >> c) & 1:
+            e = component(c, loss, g, noise, ok, l_mean, l_max, l_min, l_scale, g_max, g_scale, middle_min)
+            sums = tl.where(lane == c, tl.sum(e, axis=0).to(tl.float64), sums)
+            weighted = tl.where(lane == c, tl.sum(e * loss, axis=0).to(tl.float64), weighted)
+    return sums, weighted
+
+
 @dataclass(frozen=True, eq=False)  # equal by identity: a key of launches that costs nothing to compare
 class Plan:
     """What a launch takes from methods and options: flags that choose code, and numbers as float64 patterns."""

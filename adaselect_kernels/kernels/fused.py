@@ -19,8 +19,8 @@ from adaselect_kernels.kernels.row_stats import (
     row_stats,
     stats_code,
     tile_config,
-    tile_rows,
 )
+from adaselect_kernels.kernels.row_stats_kernels import tile_rows
 from adaselect_kernels.kernels.runtime import Compilation, Launch, cached, ceil_div, counters, launch_device
 from adaselect_kernels.kernels.select import ALL_ROWS_RANKED, ONE_PROGRAM_ROWS, block_size, block_warps, sort_chosen
 from adaselect_kernels.options import METHODS, STATS

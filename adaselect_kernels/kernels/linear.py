@@ -3,7 +3,7 @@
 A program multiplies a block of rows by one block of classes after another. After each product it turns the accumulators
 into logits (bias, scale, softcap) and adds them to the row's sums, which stay in registers over the program's share of the
 classes. It leaves the rows of PARTIALS that somebody asked for. A small kernel combines the shares in a fixed order, by the
-mathematics of row_stats.py. Shares depend on shapes alone, so results do not depend on the number of multiprocessors.
+mathematics of row_stats_kernels.py. Shares depend on shapes alone, so results do not depend on the number of multiprocessors.
 
 On Hopper and later, blocks are fetched by the tensor-memory accelerator and a program runs through several shares, in an
 order in which neighbours read the same blocks. Elsewhere, and for strides that it cannot serve, they come through pointers.
@@ -21,9 +21,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adaselect_kernels.kernels.batch_terms import make_plan
 from adaselect_kernels.kernels.fused import select_from_stats, wanted_stats
-from adaselect_kernels.kernels.grad_norms import dot, precision, roomy
+from adaselect_kernels.kernels.grad_norms import precision, roomy
+from adaselect_kernels.kernels.grad_norms_kernels import dot
 from adaselect_kernels.kernels.maths import float64_from_bits, float_bits, strided_offset, tanh
-from adaselect_kernels.kernels.row_stats import (
+from adaselect_kernels.kernels.row_stats import of_unit, stats_code
+from adaselect_kernels.kernels.row_stats_kernels import (
     NEEDS_ENTROPY,
     NEEDS_NAN,
     NEEDS_RANK,
@@ -33,10 +35,8 @@ from adaselect_kernels.kernels.row_stats import (
     accumulate_sums,
     finish_row,
     load_targets,
-    of_unit,
     reduce_partials,
     rescale_to,
-    stats_code,
     store_stats,
 )
 from adaselect_kernels.kernels.runtime import (
