@@ -12,7 +12,7 @@ import torch
 
 from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, dispatch, fused_select, reference
 from adaselect_kernels.options import METHODS, STATS
-from tests.oracle import assert_within_budget, check_scores, naive_stats, oracle_stats
+from tests.oracle import EPS32, assert_within_budget, check_scores, naive_stats, oracle_stats
 
 kernels = dispatch.EXTENSION
 pytestmark = pytest.mark.skipif(kernels is None, reason=dispatch.EXTENSION_ERROR)
@@ -286,6 +286,16 @@ def test_batch_scores(generator, dtype, options, n):
     strided = [torch.stack([x, x], 1)[:, 0] for x in (losses, grad_norms, valid)]
     again, _ = kernels.batch_scores(*strided, None, *arguments)
     assert torch.equal(again, kernels.batch_scores(losses, grad_norms, valid, None, *arguments)[0])
+
+
+@pytest.mark.parametrize("n", [2, 3, 40, 5000])
+def test_distances_to_the_mean_of_close_losses(generator, n):
+    """The mean of losses near 2 with a spread of 1e-3, rounded to float32, is off by 1e-4 of the spread."""
+    losses = 2 + 1e-3 * torch.randn(n, generator=generator)
+    arguments = ([METHODS.index("coreset2")], 1, 0, AdaSelectionOptions(standardize=True).packed)
+    scores, _ = kernels.batch_scores(losses, None, None, None, *arguments)
+    oracle, _ = reference.batch_scores(losses.double(), None, None, None, *arguments)
+    assert ((scores - oracle).abs() <= 32 * EPS32 * oracle).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

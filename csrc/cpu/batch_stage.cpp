@@ -197,7 +197,7 @@ class Batch {
     if (relative_to_chunk_) {
       for (const auto& [moments, terms] : chunks) add_terms(terms, moments);
     }
-    if (options_.standardize || args_.wanted[kCentre]) measure_deviations();
+    if (options_.standardize || wants(kCoreset2)) measure_deviations();
     return n_valid_;
   }
 
@@ -289,6 +289,8 @@ class Batch {
       total.grad_norm_sum_sq += chunk.grad_norm_sum_sq;
       args_.min_deviation = std::min(args_.min_deviation, chunk.loss_min_abs);
     }
+    // What the deviations add up to is what the sum of the losses rounded away.
+    args_.mean_loss = double(T(args_.mean_loss)) + total.loss_sum / static_cast<double>(n_valid_);
     if (!options_.standardize) return;
     args_.loss_scale /= deviation(total.loss_sum, total.loss_sum_sq) + kStdEps;
     args_.grad_norm_scale /= deviation(total.grad_norm_sum, total.grad_norm_sum_sq) + kStdEps;
