@@ -85,12 +85,12 @@ def check_stats(logits, targets, stats=STATS, ignore_index=-100, label_smoothing
         (5, 1, "tile"),  # one class: margins are infinite
         (131, 10, "tile"),  # CIFAR: more rows than one program, vectors narrower than 16 bytes
         (37, 100, "tile"),  # several threads a row
-        (3, 512, "tile"),  # many threads a row
-        (3, 1000, "tile"),  # ImageNet: a warp a row
-        (2, 2048, "tile"),  # the largest tile
-        (2, 301, "stream"),  # odd and beyond the unaligned tile: a warp a row, head and tail
-        (3, 5003, "stream"),  # several blocks, every row aligned differently
-        (9, 17000, "stream"),  # the widest block, not split: many rows
+        (23, 512, "tile"),  # many threads a row
+        (23, 1000, "tile"),  # ImageNet: a warp a row
+        (23, 2048, "tile"),  # the largest tile
+        (23, 301, "stream"),  # odd and beyond the unaligned tile: a warp a row, head and tail
+        (23, 5003, "stream"),  # several blocks, every row aligned differently
+        (16, 17000, "stream"),  # the widest block, not split: many rows
     ],
 )
 def test_row_stats(generator, launches, monkeypatch, dtype, n, classes, kernel):
@@ -104,10 +104,10 @@ def test_row_stats(generator, launches, monkeypatch, dtype, n, classes, kernel):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_long_rows_are_split(generator, launches, dtype):
-    check_stats(*batch(generator, 2, 40003, dtype=dtype))
+    check_stats(*batch(generator, 4, 40003, dtype=dtype))
     (name, grid, constants), *_ = launches
     assert name == "stream"
-    assert grid[0] > 2
+    assert grid[0] > 4
     assert constants["MAX_SPLITS"] == row_stats.SPLITS[2**31].most
     assert_counters_are_zero()
 
@@ -115,32 +115,32 @@ def test_few_long_rows_are_split(generator, launches, dtype):
 @pytest.mark.parametrize("stat", STATS)
 @pytest.mark.parametrize("classes", [20, 2500])
 def test_each_statistic_alone(generator, stat, classes):
-    check_stats(*batch(generator, 4, classes), stats=(stat,))
+    check_stats(*batch(generator, 24, classes), stats=(stat,))
 
 
 @pytest.mark.parametrize("classes", [24, 2500])
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "broadcast", "offset"])
 def test_strides(generator, classes, layout):
-    logits, targets = batch(generator, 6, classes)
+    logits, targets = batch(generator, 16, classes)
     if layout == "transposed":
         logits = logits.t().contiguous().t()
     elif layout == "sliced":
-        wide = torch.full((12, classes + 5), math.nan)
+        wide = torch.full((32, classes + 5), math.nan)
         wide[::2, 2:-3] = logits
         logits = wide[::2, 2:-3]
     elif layout == "broadcast":
-        logits = logits[:1].expand(6, classes)
+        logits = logits[:1].expand(16, classes)
     else:  # a base that is not 16-byte aligned
-        flat = torch.full((6 * classes + 1,), math.nan)
+        flat = torch.full((16 * classes + 1,), math.nan)
         flat[1:] = logits.flatten()
-        logits = flat[1:].view(6, classes)
+        logits = flat[1:].view(16, classes)
     check_stats(logits, targets.to(torch.int32))
     check_stats(logits, torch.stack([targets, targets + 1], 1)[:, 0])
 
 
 @pytest.mark.parametrize("classes", [10, 2500])
 def test_large_offsets_keep_their_digits(generator, classes):
-    check_stats(*batch(generator, 8, classes, offset=1e4))
+    check_stats(*batch(generator, 24, classes, offset=1e4))
 
 
 @pytest.mark.parametrize("classes", [10, 2500])
@@ -179,7 +179,7 @@ def test_non_finite_logits(generator, classes):
 @pytest.mark.parametrize("classes", [7, 2500])
 def test_masked_vocabulary(generator, classes):
     """Most logits -inf, whole blocks of them: they weigh nothing."""
-    logits, targets = batch(generator, 4, classes)
+    logits, targets = batch(generator, 24, classes)
     logits[:, 5:] = -math.inf
     check_stats(logits, targets % 5)
 
