@@ -43,6 +43,23 @@ def assert_within_budget(got: Tensor, oracle: Tensor, peer: Tensor, what: str) -
     )
 
 
+def assert_statistic(name: str, got: Tensor, oracle: Tensor, peer: Tensor, of: str = "") -> None:
+    """assert_within_budget of a row statistic, a confidence by its relative error: confidences span magnitudes, and all are
+    rounded in the exponent, so that the budget of the largest would decide for all, and by the luck of one row."""
+    if name == "confidence":
+        normal = oracle > torch.finfo(torch.float32).tiny
+        got, peer = (torch.where(normal, x.double() / oracle.double(), x).to(got.dtype) for x in (got, peer))
+        oracle = torch.where(normal, 1.0, oracle)
+    assert_within_budget(got, oracle, peer, f"{name} {of}".rstrip())
+
+
+def drawn_targets(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A class for each row [..., C]: the largest for every other one, so that it is right as often as wrong; else any."""
+    targets = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
+    targets[::2] = logits[::2].argmax(-1)
+    return targets
+
+
 def naive_stats(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> dict[str, Tensor]:
     """The eager PyTorch computation in float32 (float64 for float64), [rows, C] with targets in range or ignored."""
     z = logits if logits.dtype == torch.float64 else logits.float()

@@ -12,7 +12,15 @@ import torch
 
 from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, dispatch, fused_select, reference
 from adaselect_kernels.options import METHODS, STATS
-from tests.oracle import EPS32, assert_within_budget, check_scores, naive_stats, oracle_stats
+from tests.oracle import (
+    EPS32,
+    assert_statistic,
+    assert_within_budget,
+    check_scores,
+    drawn_targets,
+    naive_stats,
+    oracle_stats,
+)
 
 kernels = dispatch.EXTENSION
 pytestmark = pytest.mark.skipif(kernels is None, reason=dispatch.EXTENSION_ERROR)
@@ -41,18 +49,13 @@ def check_stats(logits, targets, label_smoothing=0.0):
     oracle = oracle_stats(logits, targets, STATS, label_smoothing=label_smoothing)
     peer = naive_stats(logits, targets, -100, label_smoothing)
     for i, name in enumerate(STATS):
-        mine, right, theirs = got[i], oracle[i], peer[name]
-        if name == "confidence":  # spans magnitudes, all rounded in the exponent: compare relative errors
-            normal = right > torch.finfo(torch.float32).tiny
-            mine, theirs = (torch.where(normal, x / right, x).to(got.dtype) for x in (mine.double(), theirs.double()))
-            right = torch.where(normal, 1.0, right)
-        assert_within_budget(mine, right, theirs, f"{name} of {tuple(logits.shape)} {logits.dtype}")
+        assert_statistic(name, got[i], oracle[i], peer[name], f"of {tuple(logits.shape)} {logits.dtype}")
     return got
 
 
 def draw(generator, rows, classes, dtype=torch.float32, scale=3.0, offset=0.0):
-    logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale + offset
-    return logits.to(dtype), torch.randint(classes, (rows,), generator=generator)
+    logits = (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale + offset).to(dtype)
+    return logits, drawn_targets(logits, generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,7 +21,15 @@ from adaselect_kernels import (
 from adaselect_kernels.checks import selected_count
 from adaselect_kernels.functional import baseline_select, baseline_select_from_losses
 from adaselect_kernels.options import METHODS, STATS
-from tests.oracle import assert_within_budget, check_fused_select, expected_count, naive_stats, oracle_stats
+from tests.oracle import (
+    assert_statistic,
+    assert_within_budget,
+    check_fused_select,
+    drawn_targets,
+    expected_count,
+    naive_stats,
+    oracle_stats,
+)
 
 IMPLS = ["reference"] + (["cpu"] if dispatch.EXTENSION is not None else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -41,7 +49,7 @@ def with_impl(impl, function=fused_select):
 
 def random_batch(generator, n, c, dtype=torch.float32, scale=3.0, offset=0.0):
     logits = (torch.randn(n, c, generator=generator, dtype=torch.float64) * scale + offset).to(dtype)
-    return logits, torch.randint(c, (n,), generator=generator)
+    return logits, drawn_targets(logits, generator)
 
 
 def strided(logits: torch.Tensor, layout: str) -> torch.Tensor:
@@ -143,7 +151,7 @@ def test_statistics_equal_the_oracle(generator, impl, dtype, n, c):
     for name, right in zip(STATS, oracle, strict=True):
         value = getattr(got, name)
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert_within_budget(value, right, peer[name], name)
+        assert_statistic(name, value, right, peer[name])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

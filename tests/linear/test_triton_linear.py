@@ -20,7 +20,7 @@ from adaselect_kernels.kernels import linear, runtime
 from adaselect_kernels.linear import to_float8
 from adaselect_kernels.options import METHODS, PARTIALS, STATS
 from tests.linear.unfused import eager, widened
-from tests.oracle import assert_within_budget, check_choice, check_scores
+from tests.oracle import assert_statistic, assert_within_budget, check_choice, check_scores, drawn_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter: inf - inf
 
@@ -70,14 +70,6 @@ def normal(generator, *shape, dtype=torch.float32):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def labels(generator, n, classes):
-    """Targets with a row ignored and one of each kind of bad one, where there are rows enough."""
-    targets = torch.randint(classes, (n,), generator=generator)
-    if n > 3:
-        targets[1], targets[2], targets[3] = -100, classes, -1
-    return targets
-
-
 def check_rows(names, got, exact, peer, largest=0.0):
     """largest: of the logits. A margin is a difference of two of them, each with a rounding of its own at least."""
     least = torch.finfo(torch.float32).eps * largest
@@ -87,7 +79,7 @@ def check_rows(names, got, exact, peer, largest=0.0):
         if got.dtype == torch.float64:  # the oracle itself, in another order
             torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12, equal_nan=True)
         else:
-            assert_within_budget(mine, right, theirs, name)
+            assert_statistic(name, mine, right, theirs)
 
 
 def check(hidden, weight, targets, bias=None, stats=ALL, smoothing=0.0, softcap=0.0, scale=1.0, unit="token"):
@@ -129,7 +121,8 @@ def test_every_statistic_of_every_path(generator, launches, request, dtype, thro
     hidden, weight, bias = (
         normal(generator, *shape, dtype=dtype) for shape in ((ROWS, FEATURES), (CLASSES, FEATURES), (CLASSES,))
     )
-    targets = labels(generator, ROWS, CLASSES)
+    targets = drawn_targets((hidden @ weight.t()).float(), generator)
+    targets[1], targets[2], targets[3] = -100, CLASSES, -1
     targets[5], targets[6] = 0, CLASSES - 1  # nothing is before the first class; the last is in the unfinished block
     check(hidden, weight, targets, bias, smoothing=0.1, softcap=5.0, scale=0.7)
     assert names(launches) == ["product", "merge"]
@@ -158,7 +151,7 @@ def test_one_program_runs_through_several_tasks(generator, tensor_memory, monkey
 def test_only_what_a_statistic_needs(generator, launches, name):
     # one block of rows, one of features, a class more than two blocks: each statistic alone
     hidden, weight = normal(generator, 16, 16), normal(generator, 129, 16)
-    targets = torch.randint(129, (16,), generator=generator)
+    targets = drawn_targets(hidden @ weight.t(), generator)
     targets[0] = 128
     check(hidden, weight, targets, stats=(STATS.index(name),))
     extra = {"grad_norm": 1, "entropy": 1, "margin": 1, "top2_margin": 2, "correct": 2}
@@ -260,7 +253,7 @@ SETS = [((0, 1, 0, 149), (149, 1, 149, 150)), ((0, 2, 0, 75), (1, 2, 75, 150))]
 def test_partials_of_disjoint_sets_of_classes(generator, launches, sets):
     # rows enough that eager PyTorch is not lucky in all of them, also of those whose target is the one class of a shard
     hidden, classifier, all_bias = normal(generator, 48, 20), normal(generator, 150, 20), normal(generator, 150)
-    targets = torch.randint(150, (48,), generator=generator)
+    targets = drawn_targets(hidden @ classifier.t(), generator)
     targets[:4], targets[4::3] = torch.tensor([77, -100, 0, 148]), 149
     rest = ALL, -100, 0.1, 8.0, 1.5
     kept = targets != -100
