@@ -67,8 +67,9 @@ def per_sample_stats(
     m = z.amax(1)
     x = z - m[:, None]  # z_j - m
     e = x.exp()
-    others = e.masked_fill(is_target, 0.0)
-    s1, s2 = others.sum(1), others.square().sum(1)
+    s1 = e.masked_fill(is_target, 0.0).sum(1)
+    z_others = z.masked_fill(is_target, -math.inf)
+    m_others = z_others.amax(1)
     e_y = e.gather(1, y[:, None])[:, 0]
     z_y = z.gather(1, y[:, None])[:, 0]
     d = s1 + e_y
@@ -79,8 +80,8 @@ def per_sample_stats(
     columns = {
         "loss": nll,
         "lse": m + log_d,
-        "grad_norm": (s1.square() + s2).sqrt() / d,
-        "margin": z_y - z.masked_fill(is_target, -math.inf).amax(1),
+        "grad_norm": _root_of_others(z_others, m_others) * (m_others - m).exp() / d,
+        "margin": z_y - m_others,
         "top2_margin": two[:, 0] - two[:, 1] if classes > 1 else torch.full_like(m, math.inf),
         "entropy": log_d - torch.where(e == 0, 0.0, e * x).sum(1) / d,
         "confidence": e_y / d,  # = exp(-nll), one rounding less
@@ -93,6 +94,12 @@ def per_sample_stats(
         kept = kept.view(logits.shape[:2])
         rows = [mean_over_positions(STATS[i], row.view(kept.shape), kept) for i, row in zip(stats, rows, strict=True)]
     return torch.stack(rows)
+
+
+def _root_of_others(z: Tensor, largest: Tensor) -> Tensor:
+    """sqrt(S1^2 + S2) of e^(z - largest): at least 1, where the squares of e^(z - m) may be too small for the type."""
+    e = torch.where(largest[:, None] == -math.inf, 0.0, (z - largest[:, None]).exp())
+    return (e.sum(1).square() + e.square().sum(1)).sqrt()
 
 
 def batch_scores(
@@ -380,7 +387,10 @@ def combine_partials(partials, targets, classes, stats, ignore_index, label_smoo
     shift = torch.where(p["max"] == -math.inf, -math.inf, p["max"] - m)  # of each set's origin to m
     scale = shift.exp()
     # sum e_j over j != y relative to m, and so on
-    s1, s2 = (scale * p["sum"]).sum(0), (scale.square() * p["sum_sq"]).sum(0)
+    s1 = (scale * p["sum"]).sum(0)
+    # relative to m_others, where their squares are not too small for the type
+    near = torch.where(p["max"] == -math.inf, 0.0, (p["max"] - m_others).exp())
+    root = ((near * p["sum"]).sum(0).square() + (near.square() * p["sum_sq"]).sum(0)).sqrt()
     ex = torch.where(scale == 0, 0.0, scale * (p["sum_ex"] + p["sum"] * shift)).sum(0)
     sum_x = torch.where(p["count"] == 0, 0.0, p["sum_x"] + p["count"] * shift).sum(0)
     x_y = z_y - m
@@ -395,7 +405,7 @@ def combine_partials(partials, targets, classes, stats, ignore_index, label_smoo
     columns = {
         "loss": nll,
         "lse": m + log_d,
-        "grad_norm": (s1.square() + s2).sqrt() / d,
+        "grad_norm": root * (m_others - m).exp() / d,
         "margin": torch.where(has_nan, nan, z_y - m_others),
         "top2_margin": torch.where(has_nan, nan, m - runner_up) if classes > 1 else torch.full_like(m, math.inf),
         "entropy": log_d - (ex + torch.where(e_y == 0, 0.0, e_y * x_y)) / d,
@@ -413,7 +423,7 @@ def mean_over_positions(stat: str, values: Tensor, kept: Tensor) -> Tensor:
     """[N] from the values [N, T] of its positions: the mean over those kept, of grad_norm the norm for the mean loss."""
     count = kept.sum(1)
     if stat == "grad_norm":
-        mean = values.square().sum(1).sqrt() / count
+        mean = (values * 2.0**50).square().sum(1).sqrt() * 2.0**-50 / count  # squares of small norms keep their digits
     else:
         mean = values.sum(1) / count
     return torch.where(count > 0, mean, 0.0)

@@ -73,14 +73,55 @@ def test_stats_at_large_offsets(generator, classes, offset):
     check_stats(*draw(generator, 33, classes, offset=offset))
 
 
-@pytest.mark.parametrize("classes", [10, 1000])
-def test_confident_rows_keep_their_digits(generator, classes):
-    """S1 far below one rounding of d: log d must not lose it."""
-    logits, targets = draw(generator, 40, classes)
-    logits.scatter_(1, targets[:, None], torch.linspace(5, 38, 40)[:, None])
+@pytest.mark.parametrize(
+    ("dtype", "most", "error"), [(torch.float32, 75, 1e-5), (torch.float64, 650, 1e-12)], ids=["float32", "float64"]
+)
+@pytest.mark.parametrize("classes", [10, 1000, 5000])
+def test_confident_rows_keep_their_digits(generator, classes, dtype, most, error):
+    """S1 far below one rounding of d, which log d must not lose; its square below what the type has."""
+    logits, targets = draw(generator, 41, classes, dtype)
+    logits.scatter_(1, targets[:, None], torch.linspace(5, most, 41, dtype=dtype)[:, None])
     got = stats_of(logits, targets, [STATS.index("loss"), STATS.index("grad_norm")])
     oracle = oracle_stats(logits, targets, ("loss", "grad_norm"))
-    assert ((got - oracle).abs() <= 1e-5 * oracle).all(), ((got - oracle).abs() / oracle).max()
+    assert ((got - oracle).abs() <= error * oracle).all(), ((got - oracle).abs() / oracle).max()
+
+
+@pytest.mark.parametrize("classes", [2, 200])
+def test_one_other_class_keeps_its_digits(generator, classes):
+    """Its e^x alone makes the norm, sqrt(2) e^x / (1 + e^x): an exponential that is a rounding worse is seen."""
+    x = -torch.rand(20_000, generator=generator)
+    logits = torch.full((20_000, classes), -1e30)
+    logits[:, 0], logits[:, 1] = 0.0, x
+    got = stats_of(logits, torch.zeros(20_000).long(), [STATS.index("grad_norm")])[0]
+    e = x.double().exp()
+    error = (got.double() * (1 + e) / (math.sqrt(2) * e) - 1) / EPS32
+    assert error.abs().max() < 2.5
+    assert error.square().mean().sqrt() < 0.5
+
+
+@pytest.mark.parametrize("classes", [10, 128, 1000])
+def test_sums_over_the_classes_keep_their_digits(generator, classes):
+    """The confidence of a largest logit is 1 / d. Sums that round once for every eight terms lose half as much again."""
+    logits = torch.randn(5000, classes, generator=generator)
+    got = stats_of(logits, logits.argmax(1), [STATS.index("confidence")])[0]
+    error = (got.double() / logits.double().softmax(1).amax(1) - 1) / EPS32
+    assert error.square().mean().sqrt() < {10: 0.5, 128: 0.45, 1000: 0.6}[classes]
+
+
+@pytest.mark.parametrize("classes", [20, 5000])
+def test_classes_that_cannot_happen_and_smoothing(generator, classes):
+    """The mean of lse - z_j over the classes is infinite, also where a whole block is -inf; nothing else is."""
+    logits, targets = draw(generator, 9, classes)
+    logits[:, : classes // 2] = -math.inf
+    targets = targets % (classes // 2) + classes // 2
+    table = check_stats(logits, targets, label_smoothing=0.1)
+    assert table[STATS.index("loss")].eq(math.inf).all()
+
+
+def test_one_class_that_is_not_finite():
+    for value in (math.nan, math.inf, -math.inf):
+        table = check_stats(torch.full((3, 1), value), torch.zeros(3).long())
+        assert table[STATS.index("top2_margin")].eq(math.inf).all()
 
 
 def layouts(logits):

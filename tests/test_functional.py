@@ -170,12 +170,26 @@ def test_any_subset_of_statistics_in_any_order(generator, impl, stats):
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_a_confident_row_keeps_its_gradient_norm_and_loss(impl, offset):
     """sum p^2 - 2 p_y + 1 and lse - z_y cancel as p_y -> 1; ours must not."""
-    logits = torch.zeros(1, 5) + offset
-    logits[0, 2] += 30.0
-    got = per_sample_stats(logits, torch.tensor([2]), impl=impl)
-    p = math.exp(-30.0) / (1 + 4 * math.exp(-30.0))
-    assert got.grad_norm.item() == pytest.approx(math.sqrt((4 * p) ** 2 + 4 * p**2), rel=1e-5)
-    assert got.loss.item() == pytest.approx(math.log1p(4 * math.exp(-30.0)), rel=1e-5)
+    margins = (30.0, 50.0, 80.0)  # of the last two, the square of the norm is below what float32 has
+    for classes in (5, 300):
+        logits = torch.zeros(3, classes) + offset
+        logits[:, 2] += torch.tensor(margins)
+        got = per_sample_stats(logits, torch.full((3,), 2), impl=impl)
+        others = classes - 1
+        for i, margin in enumerate(margins):
+            p = math.exp(-margin) / (1 + others * math.exp(-margin))
+            assert got.grad_norm[i].item() == pytest.approx(math.sqrt((others * p) ** 2 + others * p**2), rel=1e-5)
+            assert got.loss[i].item() == pytest.approx(math.log1p(others * math.exp(-margin)), rel=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_confident_sequence_keeps_its_gradient_norm(impl):
+    logits = torch.zeros(2, 3, 5)
+    logits[:, :, 1] = torch.tensor([[50.0, 52.0, 60.0], [70.0, 71.0, 90.0]])
+    targets = torch.tensor([[1, 1, -100], [1, 1, -100]])
+    got = per_sample_stats(logits, targets, impl=impl).grad_norm
+    norms = math.sqrt(20) * (-logits[:, :2, 1].double()).exp()
+    torch.testing.assert_close(got.double(), norms.square().sum(1).sqrt() / 2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

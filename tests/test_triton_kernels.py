@@ -161,6 +161,15 @@ def test_confident_rows_keep_a_tiny_loss(generator, classes):
         torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=0)
 
 
+def test_a_confident_sequence_keeps_its_gradient_norm():
+    logits = torch.zeros(2, 3, 5)
+    logits[:, :, 1] = torch.tensor([[50.0, 52.0, 60.0], [70.0, 71.0, 90.0]])
+    targets = torch.tensor([[1, 1, -100], [1, 1, -100]])
+    got = per_sample_stats(logits, targets, impl="triton").grad_norm
+    norms = math.sqrt(20) * (-logits[:, :2, 1].double()).exp()
+    torch.testing.assert_close(got.double(), norms.square().sum(1).sqrt() / 2, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("classes", [7, 300, 2500])
 def test_non_finite_logits(generator, classes):
     logits, targets = batch(generator, 10, classes)

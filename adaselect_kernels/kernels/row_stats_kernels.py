@@ -411,6 +411,7 @@ def mean_kernel(
 ):  # fmt: skip
     """One statistic of one sample: the mean over its positions that are not ignored; grad_norm: sqrt(sum g^2) / count."""
     GRAD_NORM_CODE: tl.constexpr = 2
+    SCALE: tl.constexpr = 2.0**50  # of norms before they are squared: the squares of small ones keep their digits
     sample = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1)
     squares = ((ORDER >> (4 * index)) & 15) == GRAD_NORM_CODE
@@ -424,11 +425,12 @@ def mean_kernel(
             targets_ptr + sample * stride_target_outer + t.to(tl.int64) * stride_target_inner, mask=live, other=0
         )
         value = tl.load(at + t, mask=live, other=0.0)
-        total += tl.where(squares, value * value, value)
+        scaled = value * SCALE
+        total += tl.where(squares, scaled * scaled, value)
         count += (live & (y != ignore_index)).to(tl.int32)
     kept = tl.sum(count, axis=0)
     sums = tl.sum(total, axis=0)
-    mean = tl.where(squares, tl.sqrt(sums), sums) / tl.maximum(kept, 1).to(sums.dtype)
+    mean = tl.where(squares, tl.sqrt(sums) / SCALE, sums) / tl.maximum(kept, 1).to(sums.dtype)
     tl.store(out_ptr + index.to(tl.int64) * n_samples + sample, tl.where(kept > 0, mean, 0.0))
     if HAS_VALID:
         tl.store(valid_ptr + sample, (kept > 0).to(tl.uint8), mask=index == 0)
