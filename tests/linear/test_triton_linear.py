@@ -235,15 +235,13 @@ def test_ties_go_to_the_lower_class():
     assert table[0].tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("softcap", [0.1, 30.0])
-def test_softcap_small_and_large(generator, softcap):
-    """Nine logits of ten in the flat part of tanh, or all where it is nearly straight."""
-    hidden, weight = normal(generator, 150, 16), normal(generator, 20, 16)
-    targets = torch.randint(20, (150,), generator=generator)
-    # which of several logits that round to the cap, or to a neighbour of it, is the largest is chance
-    stats = tuple(i for i in ALL if softcap > 1 or STATS[i] != "correct")
+@pytest.mark.parametrize(("softcap", "sizes"), [(0.1, (0.05, 1e4)), (30.0, (1.0, 2.0))])
+def test_softcap_small_and_large(generator, softcap, sizes):
+    """Rows where tanh bends and rows where it is flat (with few between, that PyTorch may be lucky in); nearly straight ones."""
+    hidden, weight = normal(generator, 60, 16) * torch.tensor(sizes).repeat(30)[:, None], normal(generator, 20, 16)
+    targets = torch.randint(20, (60,), generator=generator)
     for dtype in (torch.float32, torch.float64):
-        check(hidden.to(dtype), weight.to(dtype), targets, stats=stats, softcap=softcap, scale=-0.5)
+        check(hidden.to(dtype), weight.to(dtype), targets, softcap=softcap, scale=-0.5)
 
 
 # --- partials ---------------------------------------------------------------------------------------------------------
