@@ -74,6 +74,25 @@ def check(hidden, weight, targets, bias=None, stats=ALL, unit="token", smoothing
     return got
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most", "error"), [(torch.float32, 75, 1e-5), (torch.float64, 650, 1e-12)], ids=["float32", "float64"]
+)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_confident_rows_keep_their_norms(generator, impl, dtype, most, error):
+    """Also where the square of the norm is below what the type has. One feature is the target's logit: it is exact."""
+    hidden, weight, _, _ = problem(generator, 40, 8, 1500, dtype)
+    hidden[:, 0] = torch.linspace(5, most, 40, dtype=dtype)
+    weight[:, 0], weight[7] = 0.0, 0.0
+    weight[7, 0] = 1.0
+    targets = torch.full((40,), 7)
+    got = linear_per_sample_stats(hidden, weight, targets, stats=("grad_norm",), impl=impl).grad_norm
+    z = hidden.double() @ weight.double().t()
+    others = z.masked_fill(torch.arange(1500) == 7, -math.inf)
+    share = others.softmax(1).norm(dim=1)  # of the other classes alone: 1 is their sum
+    right = (others.logsumexp(1) - z.logsumexp(1)).exp() * (1 + share**2).sqrt()
+    torch.testing.assert_close(got.double(), right, rtol=error, atol=0)
+
+
 # Blocks are of 512 rows and 1024 classes, of 512 features where they are converted.
 SHAPES = [
     (48, 8192, 40),  # the most features; fewer classes than a block; rows enough that PyTorch is lucky in none
