@@ -108,12 +108,12 @@ def test_sums_over_the_classes_keep_their_digits(generator, classes):
     assert error.square().mean().sqrt() < {10: 0.5, 128: 0.45, 1000: 0.6}[classes]
 
 
-@pytest.mark.parametrize("classes", [20, 5000])
-def test_classes_that_cannot_happen_and_smoothing(generator, classes):
-    """The mean of lse - z_j over the classes is infinite, also where a whole block is -inf; nothing else is."""
+@pytest.mark.parametrize(("classes", "impossible"), [(20, 10), (5000, 2048), (5000, 2500)])
+def test_classes_that_cannot_happen_and_smoothing(generator, classes, impossible):
+    """The mean of lse - z_j over the classes is infinite, also where they fill a block of 2048; nothing else is."""
     logits, targets = draw(generator, 9, classes)
-    logits[:, : classes // 2] = -math.inf
-    targets = targets % (classes // 2) + classes // 2
+    logits[:, :impossible] = -math.inf
+    targets = targets % (classes - impossible) + impossible
     table = check_stats(logits, targets, label_smoothing=0.1)
     assert table[STATS.index("loss")].eq(math.inf).all()
 
@@ -269,6 +269,15 @@ def test_sequences(generator, dtype, unit):
         assert_within_budget(got[i], oracle[i], values, f"{name} {unit}")
     permuted = logits.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert torch.equal(stats_of(permuted, targets.t().contiguous().t(), unit=unit), got)
+
+
+def test_the_first_of_several_bad_rows_is_named(generator):
+    """Of ranges of rows that different threads have, whichever ends last."""
+    logits, targets = draw(generator, 30_000, 10)
+    targets[[77, 78, 14_000, 29_999]] = torch.tensor([10, 11, 12, 13])
+    for _ in range(40):
+        with pytest.raises(IndexError, match="target 10 of row 77 is"):
+            stats_of(logits, targets)
 
 
 @pytest.mark.parametrize("bad", [-1, 10, 2**40, -(2**40)])
