@@ -124,7 +124,7 @@ def check_any_selection(impl, case):
 
 
 @pytest.mark.skipif(dispatch.EXTENSION is None, reason="the compiled extension is missing")
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_selection_equals_the_oracle(case):
     check_any_selection("cpu", case)
