@@ -116,9 +116,9 @@ def check_any_selection(impl, case):
     if case["faults"] == "all_ignored":
         targets[:] = -100
     state = AdaSelectionState.create(case["methods"], seed=case["seed"])
-    for _ in range(2):
+    for labels in (targets, targets.roll(1)):  # other losses: the methods' own change, and with them the weights
         check_fused_select(
-            with_impl(impl), strided(logits, case["layout"]), targets, case["gamma"], methods=case["methods"],
+            with_impl(impl), strided(logits, case["layout"]), labels, case["gamma"], methods=case["methods"],
             state=state, options=case["options"], order=case["order"], label_smoothing=case["smoothing"],
         )  # fmt: skip
 
