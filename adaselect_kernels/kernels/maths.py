@@ -43,14 +43,6 @@ def exponential_precise(x):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0, also where 1 + x rounds x away."""
-    u = 1.0 + x
-    # log(1 + x) = log u + (x - (u - 1)) / u: the second term is what rounding u lost
-    return tl.log(u) + (x - (u - 1.0)) / u
-
-
-@triton.jit
 def tanh(x):
     """tanh x to a few roundings of its own dtype, relative to the result also near 0."""
     square = x * x

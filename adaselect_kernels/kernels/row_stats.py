@@ -39,12 +39,13 @@ class StreamConfig(NamedTuple):
 
 
 class TileTuning(NamedTuple):
-    threads: int  # a row; more where a load would not fill a 32-byte sector
+    threads: int  # a row of 32-bit logits; half of 16-bit ones; more where a load would not fill a 32-byte sector
     warps: int  # a program
 
 
 # By the power of two that holds C. Few threads a row keep the arithmetic after the sums (done by each of them) small;
-# enough of them keep a row in at most 32 registers a thread. Four warps a program: small programs even out the end.
+# enough of them keep a row in at most 32 registers a thread. The instructions of 16-bit rows take longer than their
+# bytes: they have 64 registers a thread and as many bytes in flight. Four warps a program: small programs even out the end.
 TILES = {
     16: TileTuning(threads=1, warps=4),  # one thread, one row: neighbouring rows share cache lines, nothing is shuffled
     32: TileTuning(threads=2, warps=4),
@@ -92,6 +93,8 @@ MEAN_BLOCK, MEAN_WARPS = 256, 4  # T is mostly 64 to 8192: a few rounds of coale
 def tile_config(classes: int, vec: int, element_bytes: int, num_warps: int) -> TileConfig:
     block_c = max(16, next_power_of_2(classes))
     threads = TILES[block_c].threads
+    if element_bytes == 2:
+        threads = max(threads // 2, block_c // 64, 1)
     if block_c > 16:
         threads = max(threads, 32 // (vec * element_bytes))  # each load of a row fills a 32-byte sector
     threads = min(threads, block_c // vec, WARP_SIZE)

@@ -16,7 +16,6 @@ from adaselect_kernels.kernels.maths import (
     exponential_precise,
     float64_from_bits,
     last_to_arrive,
-    log1p,
     strided_offset,
 )
 from adaselect_kernels.kernels.runtime import TRITON_VERSION
@@ -91,8 +90,8 @@ def load_targets(targets_ptr, rows, live, inner, stride_outer, stride_inner, cla
     """Target, -1 where no logit is to be read; whether the row counts; whether its target is outside [0, C)."""
     y = tl.load(targets_ptr + strided_offset(rows, inner, stride_outer, stride_inner), mask=live, other=0).to(tl.int64)
     kept = live & (y != ignore_index)
-    bad = kept & ((y < 0) | (y >= classes))
-    return tl.where(kept & (y >= 0) & (y < classes), y, -1).to(tl.int32), kept, bad
+    in_range = y.to(tl.uint64, bitcast=True) < classes.to(tl.uint64)  # a negative one is among the largest
+    return tl.where(kept & in_range, y, -1).to(tl.int32), kept, kept & ~in_range
 
 
 @triton.jit
@@ -138,10 +137,8 @@ def accumulate_sums(m, s1, s2, ex, second, z, cols, WANT: tl.constexpr):
 
 
 @triton.jit
-def accumulate(
-    m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y, EXCLUDE: tl.constexpr, WANT: tl.constexpr
-):
-    """Add the block z [R, B, W] (-inf outside) to partials [B]; y and z_y broadcast to [1, B, 1]."""
+def accumulate(m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y, WANT: tl.constexpr):
+    """Add the block z [R, B, W] (-inf outside and at the target) to partials [B]; y and z_y broadcast to [1, B, 1]."""
     if NEEDS_RANK & WANT:
         # beaten: a larger logit, or an equal one of a lower class
         ahead = (z > z_y) | ((z == z_y) & (cols < y) & inside)
@@ -150,9 +147,6 @@ def accumulate(
         nan = tl.maximum(nan, tile_max((z != z).to(tl.int32)))
     if NEEDS_SUM & WANT:
         zsum += tile_sum(tl.where(inside & (cols != y), z - z_y, 0.0))
-    if EXCLUDE:
-        z = tl.where(cols == y, float("-inf"), z)
-
     top, s1, s2, ex, second = accumulate_sums(m, s1, s2, ex, second, z, cols, WANT)
     return top, s1, s2, ex, second, beaten, nan, zsum
 
@@ -187,7 +181,10 @@ def finish_row(m_others, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, 
     e_y = exponential_precise(x_y)
     sum_others = scale * s1
     d = sum_others + e_y
-    log_d = tl.where(e_y == 1.0, log1p(sum_others), tl.log(d))
+    inverse = 1.0 / d
+    # the smaller one less what it added to the larger is what rounding lost of d: a confident row's loss lies there
+    lost = tl.minimum(sum_others, e_y) - (d - tl.maximum(sum_others, e_y))
+    log_d = tl.log(d) + lost * inverse
     # loss = log d - (z_y - m)
     nll = log_d - x_y
     loss = nll
@@ -197,10 +194,10 @@ def finish_row(m_others, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, 
         loss = tl.where(nll == float("inf"), nll, smoothed)
     lse = m + log_d
     # grad_norm = sqrt(S1^2 + S2) / d; relative to m' the root is at least 1 and cannot underflow
-    grad_norm = scale * tl.sqrt(s1 * s1 + s2) / d
+    grad_norm = scale * tl.sqrt(s1 * s1 + s2) * inverse
     # entropy = log d - sum e_j x_j / d
-    entropy = log_d - (scale * (ex + s1 * delta) + tl.where(e_y == 0.0, 0.0, e_y * x_y)) / d
-    confidence = e_y / d
+    entropy = log_d - (scale * (ex + s1 * delta) + tl.where(e_y == 0.0, 0.0, e_y * x_y)) * inverse
+    confidence = e_y * inverse
     # margin = z_y - max_{j != y} z_j
     has_nan = (nan != 0) | (z_y != z_y)
     margin = tl.where(has_nan, float("nan"), z_y - m_others)
@@ -259,11 +256,13 @@ def tile_rows(
         offsets = over_rows(row_offset) + cols
     z = tl.load(logits_ptr + offsets, mask=inside, other=float("-inf")).to(COMPUTE)
     z_y = tl.load(logits_ptr + row_offset + y.to(tl.int64) * stride_class, mask=y >= 0, other=0.0).to(COMPUTE)
+    # -inf at the target: counted from its first column on, a thread compares y with constants
+    z = tl.where(over_rows(y) - over_columns(tl.arange(0, W)) == over_registers(tl.arange(0, R)) * W, float("-inf"), z)
 
     # 3. sums over j != y, then the statistics
     m, s1, s2, ex, second, beaten, nan, zsum = empty_partials(z_y)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
-        m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, over_rows(y), over_rows(z_y), True, WANT
+        m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, over_rows(y), over_rows(z_y), WANT
     )
     return finish_row(m, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, classes, smoothing, WANT)
 
@@ -333,10 +332,11 @@ def stream_kernel(
     in_edge = (lane < 2 * VEC) & (edge < tl.where(lane < VEC, head, columns))
     if MAX_SPLITS > 1:
         in_edge = in_edge & (lane >= part * LANES)
-    edge_z = tl.load(row_ptr + edge.to(tl.int64) * stride_class, mask=in_edge, other=float("-inf")).to(COMPUTE)
+    others = in_edge & (edge != y)
+    edge_z = tl.load(row_ptr + edge.to(tl.int64) * stride_class, mask=others, other=float("-inf")).to(COMPUTE)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
         m, s1, s2, ex, second, beaten, nan, zsum,
-        over_rows(edge_z), over_rows(edge), over_rows(in_edge), y, z_y, True, WANT,
+        over_rows(edge_z), over_rows(edge), over_rows(in_edge), y, z_y, WANT,
     )  # fmt: skip
 
     # 4. body: every block but the target's needs no comparison with y
@@ -347,11 +347,12 @@ def stream_kernel(
         block = i + (i >= y_block).to(tl.int32)
         z, cols, inside = _load_block(body_ptr, first + block * BLOCK, end, head, stride_class, VEC, R, LANES)
         m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
-            m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, False, WANT
+            m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, WANT
         )
     z, cols, inside = _load_block(body_ptr, first + y_block * BLOCK, end, head, stride_class, VEC, R, LANES)
+    z = tl.where(cols == y, float("-inf"), z)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
-        m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, True, WANT
+        m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, WANT
     )
     m, s1, s2, ex, second, beaten, nan, zsum = reduce_partials(m, s1, s2, ex, second, beaten, nan, zsum, WANT)
 
