@@ -176,9 +176,11 @@ def finish_row(m_others, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, 
     """The eight statistics, in the order of STATS, from the partials of j != y and z_y; 0 where not kept, NaN where bad."""
     m = tl.maximum(m_others, z_y)
     delta = rescale_to(m_others, m)
-    scale = exponential_precise(delta)
     x_y = z_y - m
-    e_y = exponential_precise(x_y)
+    # of e^(m' - m) and e^(z_y - m) one is 1 (NaN for +inf, as x_y is)
+    smaller = exponential_precise(-tl.abs(z_y - m_others))
+    scale = tl.where(m_others > z_y, 1.0, smaller)
+    e_y = tl.where(z_y > m_others, 1.0 + x_y, smaller)
     sum_others = scale * s1
     d = sum_others + e_y
     inverse = 1.0 / d
