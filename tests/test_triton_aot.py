@@ -19,7 +19,7 @@ import triton.language as tl
 
 from adaselect_kernels import select_topk
 from adaselect_kernels.kernels.runtime import Compilation
-from benchmarks import aot, compiled, static
+from benchmarks import aot, compiled, instructions, static
 from benchmarks.launches import record, stand_in
 from benchmarks.records import ROOT
 
@@ -233,6 +233,13 @@ def test_the_page_is_written_from_the_table_and_the_predictions_of_today(monkeyp
     """docs/static_gate.md does not depend on the versions of the compilers here."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # gigabytes nobody reads
     assert static.PAGE.read_text() == static.text(TABLE.reports()), compiled.REGENERATE
+
+
+def test_instructions_are_counted_where_each_runs_once():
+    once = ["/*0000*/ MOV R1, c[0x0][0x28] ;", "/*0010*/ EXIT ;", ".L_x_0:", "/*0020*/ BRA `(.L_x_0);", "/*0030*/ NOP;"]
+    assert instructions.instructions(once) == 3
+    looping = [once[0], ".L_x_1:", "/*0010*/ IADD3 R1, R1, 1, RZ ;", "/*0020*/ @P0 BRA `(.L_x_1) ;", *once[1:]]
+    assert instructions.instructions(looping) is None
 
 
 class TestModel:

@@ -93,10 +93,10 @@ def _single_launch(
         return None
     block = block_size(n)
     num_warps = block_warps(block)
-    config = tile_config(classes, layout.vec, dtype.itemsize, num_warps)
+    _, want = stats_code(wanted_stats(plan), label_smoothing)
+    config = tile_config(classes, layout.vec, dtype.itemsize, num_warps, want)
     by_score = order == "score" and k > 1
     ranked = by_score and n <= ALL_ROWS_RANKED.value
-    _, want = stats_code(wanted_stats(plan), label_smoothing)
     constants = {
         "WANT": want, **config._asdict(), "HAS_GRAD": plan.has_grad, **plan.flags, "SELECT": True, "BY_SCORE": ranked,
         "COPY_LOSSES": dtype == torch.float64, "BLOCK": block,
@@ -182,7 +182,7 @@ def shipped() -> Iterator[Compilation]:
             yield Compilation(
                 f"fused-{pointee}-{name}-C{classes}-N{n}", fused_kernel, pointers,
                 {
-                    "WANT": want, **tile_config(classes, vec, element_bytes, num_warps)._asdict(),
+                    "WANT": want, **tile_config(classes, vec, element_bytes, num_warps, want)._asdict(),
                     "HAS_GRAD": plan.has_grad, **plan.flags, "SELECT": True, "BY_SCORE": False,
                     "COPY_LOSSES": pointee == "fp64", "BLOCK": n,
                 }, num_warps, ones=("inner", "stride_class", "stride_target_outer"), load_bits=128,

@@ -39,13 +39,12 @@ class StreamConfig(NamedTuple):
 
 
 class TileTuning(NamedTuple):
-    threads: int  # a row of 32-bit logits; half of 16-bit ones; more where a load would not fill a 32-byte sector
+    threads: int  # a row; see tile_config for 16-bit logits and for loads that would not fill a 32-byte sector
     warps: int  # a program
 
 
 # By the power of two that holds C. Few threads a row keep the arithmetic after the sums (done by each of them) small;
-# enough of them keep a row in at most 32 registers a thread. The instructions of 16-bit rows take longer than their
-# bytes: they have 64 registers a thread and as many bytes in flight. Four warps a program: small programs even out the end.
+# enough of them keep a row in at most 32 registers a thread. Four warps a program: small programs even out the end.
 TILES = {
     16: TileTuning(threads=1, warps=4),  # one thread, one row: neighbouring rows share cache lines, nothing is shuffled
     32: TileTuning(threads=2, warps=4),
@@ -56,6 +55,9 @@ TILES = {
     1024: TileTuning(threads=32, warps=4),  # one warp, one row
     2048: TileTuning(threads=32, warps=4),  # 64 registers: four warps a scheduler, no reduction across warps
 }
+# The instructions of 16-bit rows take longer than their bytes: statistics that need little beside the logits have half the
+# threads, with 64 registers of them and as many bytes in flight as float32.
+FEW_REGISTERS = sum(1 << STATS.index(name) for name in ("loss", "lse", "grad_norm", "confidence"))
 TILE_MAX_CLASSES = 2048  # beyond, a row would need reductions across warps: the stream does one, at its end
 UNALIGNED_TILE_MAX_CLASSES = 256  # rows without a vector width: beyond, the stream's aligned body reads wider
 
@@ -90,10 +92,10 @@ MEAN_BLOCK, MEAN_WARPS = 256, 4  # T is mostly 64 to 8192: a few rounds of coale
 
 
 @cached
-def tile_config(classes: int, vec: int, element_bytes: int, num_warps: int) -> TileConfig:
+def tile_config(classes: int, vec: int, element_bytes: int, num_warps: int, want: int) -> TileConfig:
     block_c = max(16, next_power_of_2(classes))
     threads = TILES[block_c].threads
-    if element_bytes == 2:
+    if element_bytes == 2 and not want & ~FEW_REGISTERS:
         threads = max(threads // 2, block_c // 64, 1)
     if block_c > 16:
         threads = max(threads, 32 // (vec * element_bytes))  # each load of a row fills a 32-byte sector
@@ -191,7 +193,7 @@ def _row_plan(
     n_rows, classes = layout.n_rows, layout.classes
     if layout.uses_tile:
         num_warps = tile_warps(classes)
-        config = tile_config(classes, layout.vec, dtype.itemsize, num_warps)
+        config = tile_config(classes, layout.vec, dtype.itemsize, num_warps, want)
         integers = (n_rows, *layout.tile_integers(), ignore_index)
         grid = (ceil_div(n_rows, config.BLOCK_N),)
         return RowPlan(Launch(tile_kernel, grid, integers, codes | config._asdict(), num_warps), n_rows, 1)
@@ -276,7 +278,7 @@ def shipped() -> Iterator[Compilation]:
             for classes in TILES if fully else (16, 128, 1024):
                 for vec in {full, 1} if classes <= UNALIGNED_TILE_MAX_CLASSES else {full}:
                     num_warps = tile_warps(classes)
-                    config = tile_config(classes, vec, dtype.itemsize, num_warps)
+                    config = tile_config(classes, vec, dtype.itemsize, num_warps, want)
                     yield Compilation(
                         f"tile-{label}-C{classes}-vec{vec}", tile_kernel, pointers, codes | config._asdict(), num_warps,
                         ones=("inner", "stride_class", "stride_target_outer"),

@@ -137,8 +137,13 @@ def accumulate_sums(m, s1, s2, ex, second, z, cols, WANT: tl.constexpr):
 
 
 @triton.jit
-def accumulate(m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y, WANT: tl.constexpr):
-    """Add the block z [R, B, W] (-inf outside and at the target) to partials [B]; y and z_y broadcast to [1, B, 1]."""
+def accumulate(
+    m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y, EXCLUDE: tl.constexpr, WANT: tl.constexpr
+):
+    """Add the block z [R, B, W] (-inf outside) to partials [B]; y and z_y broadcast to [1, B, 1].
+
+    cols and y may both be less by the same, unless the second largest is wanted.
+    """
     if NEEDS_RANK & WANT:
         # beaten: a larger logit, or an equal one of a lower class
         ahead = (z > z_y) | ((z == z_y) & (cols < y) & inside)
@@ -147,6 +152,9 @@ def accumulate(m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, y, z_y
         nan = tl.maximum(nan, tile_max((z != z).to(tl.int32)))
     if NEEDS_SUM & WANT:
         zsum += tile_sum(tl.where(inside & (cols != y), z - z_y, 0.0))
+    if EXCLUDE:
+        z = tl.where(cols == y, float("-inf"), z)
+
     top, s1, s2, ex, second = accumulate_sums(m, s1, s2, ex, second, z, cols, WANT)
     return top, s1, s2, ex, second, beaten, nan, zsum
 
@@ -258,13 +266,15 @@ def tile_rows(
         offsets = over_rows(row_offset) + cols
     z = tl.load(logits_ptr + offsets, mask=inside, other=float("-inf")).to(COMPUTE)
     z_y = tl.load(logits_ptr + row_offset + y.to(tl.int64) * stride_class, mask=y >= 0, other=0.0).to(COMPUTE)
-    # -inf at the target: counted from its first column on, a thread compares y with constants
-    z = tl.where(over_rows(y) - over_columns(tl.arange(0, W)) == over_registers(tl.arange(0, R)) * W, float("-inf"), z)
 
     # 3. sums over j != y, then the statistics
+    target = over_rows(y)
+    if not NEEDS_SECOND & WANT:  # counted from a thread's first column on, columns are constants of its registers
+        cols = over_registers(tl.arange(0, R)) * W
+        target -= over_columns(tl.arange(0, W))
     m, s1, s2, ex, second, beaten, nan, zsum = empty_partials(z_y)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
-        m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, over_rows(y), over_rows(z_y), WANT
+        m, s1, s2, ex, second, beaten, nan, zsum, z, cols, inside, target, over_rows(z_y), True, WANT
     )
     return finish_row(m, s1, s2, ex, second, beaten, nan, zsum, z_y, kept, bad, classes, smoothing, WANT)
 
@@ -334,11 +344,10 @@ def stream_kernel(
     in_edge = (lane < 2 * VEC) & (edge < tl.where(lane < VEC, head, columns))
     if MAX_SPLITS > 1:
         in_edge = in_edge & (lane >= part * LANES)
-    others = in_edge & (edge != y)
-    edge_z = tl.load(row_ptr + edge.to(tl.int64) * stride_class, mask=others, other=float("-inf")).to(COMPUTE)
+    edge_z = tl.load(row_ptr + edge.to(tl.int64) * stride_class, mask=in_edge, other=float("-inf")).to(COMPUTE)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
         m, s1, s2, ex, second, beaten, nan, zsum,
-        over_rows(edge_z), over_rows(edge), over_rows(in_edge), y, z_y, WANT,
+        over_rows(edge_z), over_rows(edge), over_rows(in_edge), y, z_y, True, WANT,
     )  # fmt: skip
 
     # 4. body: every block but the target's needs no comparison with y
@@ -349,12 +358,11 @@ def stream_kernel(
         block = i + (i >= y_block).to(tl.int32)
         z, cols, inside = _load_block(body_ptr, first + block * BLOCK, end, head, stride_class, VEC, R, LANES)
         m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
-            m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, WANT
+            m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, False, WANT
         )
     z, cols, inside = _load_block(body_ptr, first + y_block * BLOCK, end, head, stride_class, VEC, R, LANES)
-    z = tl.where(cols == y, float("-inf"), z)
     m, s1, s2, ex, second, beaten, nan, zsum = accumulate(
-        m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, WANT
+        m, s1, s2, ex, second, beaten, nan, zsum, z.to(COMPUTE), cols, inside, y, z_y, True, WANT
     )
     m, s1, s2, ex, second, beaten, nan, zsum = reduce_partials(m, s1, s2, ex, second, beaten, nan, zsum, WANT)
 
