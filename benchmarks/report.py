@@ -10,7 +10,7 @@ from benchmarks.groups import GROUPS
 from benchmarks.linear import page as linear
 from benchmarks.markdown import number, table
 from benchmarks.micro.case import OURS
-from benchmarks.targets import TARGETS, WITHOUT_A_GROUP, Results, Target
+from benchmarks.targets import TARGETS, Results, Target
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 PAGE = "performance.md"
@@ -69,7 +69,6 @@ def write(results: Path, docs: Path, readme: Path) -> list[str]:
             sections += _device_sections(name, groups, drawn)
         if not folders:
             sections.append(_targets_table(kind, {}))
-    sections.append(_without_a_group())
     page = docs / PAGE
     page.write_text("\n".join(sections).rstrip() + "\n")
     said.append(f"page {page.name}")
@@ -167,11 +166,6 @@ def _growth_table(document: Mapping[str, Any]) -> str:
         ends = f"{show(y0)} at {x0:,}, {show(y1)} at {x1:,}"
         rows.append([fit["sweep"], fit["contender"], f"{fit['quantity']}, {unit}", f"{fit['slope']:.2f}", ends])
     return table(("over", "contender", "of", "exponent", "ends of the sweep"), rows)
-
-
-def _without_a_group() -> str:
-    rows = [[what, target, "not measured"] for what, target in WITHOUT_A_GROUP]
-    return "## Without a benchmark so far\n\n" + table(("what", "target", ""), rows)
 
 
 def readme_table(devices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

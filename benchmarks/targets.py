@@ -112,6 +112,7 @@ def _measured(
     return record if record is not None and record["status"] == "measured" else None
 
 
+OVER_A_BACKWARD = 1.067  # 10 % of the backward, which is two thirds of a step
 NORM_STEPS = ("N=32 T=64 d=256", "N=32 T=128 d=256", "N=16 T=64 d=512", "N=16 T=128 d=512")
 
 
@@ -187,6 +188,13 @@ def _cuda() -> list[Target]:
             Target("cuda", "linear", case, "ours", "rate", 1.15, ("full",)),
             Target("cuda", "linear", case, "ours", "less", 1, ("liger", "cce")),
         ]
+    for length in (512, 1024, 2048):
+        for dtype in ("float32", "bfloat16"):
+            case = f"transformer N=8 T={length} d=1024 {dtype}"
+            found += [
+                Target("cuda", "grad_norms", case, "ours_fused", "within", OVER_A_BACKWARD, ("plain",)),
+                Target("cuda", "grad_norms", case, "ours_none", "within", 0.7, ("plain",)),
+            ]
     kinds = [f"{dtype} {mode}" for dtype in ("float32", "bfloat16") for mode in ("eager", "graph")]
     return [*found, *_end_to_end("cuda", 0.01, kinds, (0.1, 0.2, 0.5))]
 
@@ -203,6 +211,3 @@ def _end_to_end(device: str, share: float, kinds: Sequence[str], gammas: Sequenc
 
 
 TARGETS: Sequence[Target] = (*_cpu(), *_cuda())
-
-# Targets of functions that have no benchmark group here: (what, target)
-WITHOUT_A_GROUP = (("per-sample gradient norms of a model", "at most 10 % over the plain backward at T >= 512"),)
