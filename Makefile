@@ -70,7 +70,7 @@ sanitize: $(VENV)/.tools
 		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ADASELECT_REQUIRE_EXTENSION=1 \
-		$(CURDIR)/$(BIN)/python -m pytest tests/test_cpu_kernels.py tests/test_cpu_grad_norms.py tests/test_functional.py
+		$(CURDIR)/$(BIN)/python -m pytest tests/test_cpu_*.py tests/test_functional.py
 
 clean:
 	rm -rf build dist *.egg-info adaselect_kernels/*.so $(VENV)
