@@ -7,7 +7,7 @@ of a gradient is ever left out.
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +50,14 @@ class TensorMap:
 class Arrivals(TorchFunctionMode):
     """The backward half of the recorder, and what a batch's records are.
 
-    leaves: every trainable parameter of the model. modules: (name, module) of all of it, to name the one that is refused.
+    leaves: every trainable parameter of the model. norm_tensors: (module's name, weight or running mean) of each module
+    that has such, to name the one that is refused.
     """
 
     def __init__(
         self,
         leaves: Sequence[Leaf],
-        modules: Callable[[], Iterable[tuple[str, torch.nn.Module]]],
+        norm_tensors: Sequence[tuple[str, Tensor]],
         *,
         weight_gradients: str,
         batchnorm: str,
@@ -65,7 +66,7 @@ class Arrivals(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.leaves = {id(leaf.parameter): leaf for leaf in leaves}
-        self.modules = modules
+        self.norm_tensors = norm_tensors
         self.weight_gradients, self.batchnorm, self.fallback = weight_gradients, batchnorm, fallback
         self.sample_dim = sample_dim
         self.rows: Rows | None = None
@@ -87,7 +88,6 @@ class Arrivals(TorchFunctionMode):
         self._shared_nodes: dict[Any, frozenset[int]] = {}
         self._segments: set[Any] = set()  # nodes of reentrant checkpoints
         self._uses: list[tuple[Use, Any]] = []  # of the forward pass, with the node whose gradient each waits for
-        self._anchors: dict[torch.device, Tensor] = {}
         self._inputs: list[Tensor] = []  # kept, so that a recomputation finds the same objects
         self.finished = False
         self._means = TensorMap()  # mean losses -> how many terms
@@ -169,8 +169,7 @@ class Arrivals(TorchFunctionMode):
     def _samples_of(self, use: Use) -> tuple[Tensor, ...]:
         if use.kept is None:
             raise ValueError("a second backward pass through the same graph: its norms were formed by the first")
-        # checkpointing may recompute them here
-        with self.on() if use.packed else contextlib.nullcontext():
+        with self.on():  # checkpointing may recompute them here
             kept = use.kept.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         use.kept = None
         return kept

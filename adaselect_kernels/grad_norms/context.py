@@ -70,9 +70,12 @@ class PerSampleGradNorm:
             raise ValueError(f"sample_dim must be an integer of at least 0, got {sample_dim!r}")
         self._model, self._reduction, self._sample_ids = model, loss_reduction, _checked_ids(sample_ids)
         leaves = _leaves(model, parameters)
+        norms = [
+            (name, getattr(m, kind, None)) for name, m in model.named_modules() for kind in ("running_mean", "weight")
+        ]
         self._recorder = Recorder(
             leaves,
-            model.named_modules,
+            [(name, tensor) for name, tensor in norms if isinstance(tensor, Tensor)],
             weight_gradients=weight_gradients,
             batchnorm=batchnorm,
             fallback=fallback,
@@ -162,8 +165,8 @@ def _leaves(model: nn.Module, parameters: Any) -> list[Leaf]:
     """Every trainable parameter, each once, under the first name it has."""
     found: dict[int, Leaf] = {}
     for module_name, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in found:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in found:
                 full = f"{module_name}.{name}" if module_name else name
                 found[id(parameter)] = Leaf(full, module_name, module, parameter, parameters is None)
     if parameters is not None:

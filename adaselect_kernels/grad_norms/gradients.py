@@ -53,7 +53,6 @@ class Use:
             None  # mean and rstd of a normalisation, where they need not be found again
         )
         self.kept: Tensor | None = None  # its node keeps the sample tensors, as autograd keeps its own
-        self.packed = False  # by hooks of somebody's, who may compute them again
         self.fused = False
 
 

@@ -3,7 +3,6 @@
 Exact or unknown: a layout that cannot be told is None, and a layer that meets a tensor of unknown layout is refused.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -130,8 +129,6 @@ def _same_size(layout: Layout, out: Tensor, of: Layout, rows: int) -> Layout | N
 
 def _prefix(found: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:
     """Any other function: what is in front of the axis stays (or is broadcast, aligned from the right), and so does the axis."""
-    if all(tensor.shape == out.shape for tensor, _ in found):
-        return _agree([layout for _, layout in found])
     layouts = []
     for tensor, layout in found:
         added = max(0, out.dim() - tensor.dim())
@@ -219,14 +216,9 @@ def _without(subject: Tensor, layout: Layout, out: Tensor, removed: int, in_fron
     return _same_size(moved, out, layout, rows) if out.dim() in (subject.dim(), subject.dim() - removed) else None
 
 
-@functools.cache
-def _has_windows(name: str) -> bool:
-    return any(part in name for part in _WINDOWS) or name in _CHANNEL_NORMS
-
-
 def _mixes(name: str, args: Sequence[Any], kwargs: dict[str, Any], found: Sequence[tuple[Tensor, Layout]]) -> bool:
     """Whether the function lets positions of the sample axis meet, where its shapes alone would not tell."""
-    if _has_windows(name):
+    if any(part in name for part in _WINDOWS) or name in _CHANNEL_NORMS:
         return any(at.dim != 0 for _, at in found)
     if name in ("layer_norm", "rms_norm"):
         shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())

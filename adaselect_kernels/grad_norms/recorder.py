@@ -7,6 +7,7 @@ gets a hook, and when the gradient arrives there (arrivals.py) the rule of the f
 without a rule are refused, or differentiated one sample at a time.
 """
 
+import dataclasses
 import functools
 import types
 import weakref
@@ -217,8 +218,8 @@ class Recorder(Arrivals):
         call = rules.RULES[name](*args, **kwargs) if name in rules.RULES else None
         if call is None or call.input is not samples[0]:
             return None
-        call.input = None  # checkpointing may drop it
-        return call if all(any(tensor is role for role in call.roles.values()) for tensor in wanted) else None
+        covered = all(any(tensor is role for role in call.roles.values()) for tensor in wanted)
+        return dataclasses.replace(call, input=None) if covered else None  # checkpointing may drop the input
 
     def _record(self, func, name: str, writes: bool, args, kwargs, tensors, wanted, known, call) -> Any:
         assert self.rows is not None
@@ -241,8 +242,7 @@ class Recorder(Arrivals):
         if any(at is None for at in where):
             raise self._refusal(self._leaf_of(wanted[0]), f"{name}, of whose output the sample axis is not known")
         use.out_layouts = [at for at in where if at is not None]
-        use.packed = self._saving_hooks() is not None
-        if call is not None and not use.packed:
+        if call is not None and not self._saving_hooks():
             use.moments = call.moments(outputs[0])
         self._align(use, outputs)
         samples = [tensor for tensor, _ in known]
@@ -251,7 +251,7 @@ class Recorder(Arrivals):
             raise self._refusal(
                 self._leaf_of(wanted[0]), f"{name}, which does not give a sample alone what it gives it in the batch"
             )
-        anchor = self._anchor(outputs[0].device)
+        anchor = torch.zeros(0, requires_grad=True, device=outputs[0].device)
         if len(outputs) > 1:
             # one may be computed from another inside the call: hooks see what comes from outside, on nodes of their own
             apart_from = {id(t): Attach.apply(lambda grads: (None,), False, t, anchor) for t in outputs}
@@ -283,12 +283,6 @@ class Recorder(Arrivals):
         for leaf in use.leaves:
             leaf.uses[use.late] += 1
         return out
-
-    def _anchor(self, device: torch.device) -> Tensor:
-        """Something that nodes of our own differentiate, and nothing comes from."""
-        if device not in self._anchors:
-            self._anchors[device] = torch.zeros(0, requires_grad=True, device=device)
-        return self._anchors[device]
 
     def _detached(self, value: Any) -> Any:
         return value.detach() if isinstance(value, Tensor) and value in self._shared else value
@@ -333,12 +327,8 @@ class Recorder(Arrivals):
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         given = dict(zip(names, args, strict=False)) | kwargs
         if self.batchnorm != "fixed_statistics":
-            kinds = [name for name in ("running_mean", "weight") if given.get(name) is not None]
-            where = [
-                f" in module {name!r}"
-                for name, module in self.modules()
-                if any(getattr(module, kind, None) is given[kind] for kind in kinds)
-            ]
+            owned = [id(given.get(name)) for name in ("running_mean", "weight") if given.get(name) is not None]
+            where = [f" in module {name!r}" for name, tensor in self.norm_tensors if id(tensor) in owned]
             raise UnaccountedParameter(
                 f"BatchNorm in training mode{where[0] if where else ''}: the loss of a sample depends on the whole batch, so"
                 " its gradient norm is not defined. Use eval mode, another normalisation, or batchnorm='fixed_statistics',"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adaselect_kernels.grad_norms.layout import LEADING, Layout
+from adaselect_kernels.grad_norms.layout import Layout
 
 
 class Rows:
@@ -25,11 +25,8 @@ class Rows:
 
     def by_sample(self, tensor: Tensor, layout: Layout) -> Tensor:
         """[samples, F, ...]: F positions of a sample that stood along its axis, then the other dimensions in order."""
-        if layout == LEADING:
-            rows = tensor.unsqueeze(1)
-        else:
-            split = tensor.unflatten(layout.dim, (layout.outer, self.count, layout.inner))
-            rows = split.movedim((layout.dim + 1, layout.dim, layout.dim + 2), (0, 1, 2)).flatten(1, 2)
+        split = tensor.unflatten(layout.dim, (layout.outer, self.count, layout.inner))
+        rows = split.movedim((layout.dim + 1, layout.dim, layout.dim + 2), (0, 1, 2)).flatten(1, 2)
         if self._ids is None:
             return rows
         found = rows[self._padded.clamp(min=0)]

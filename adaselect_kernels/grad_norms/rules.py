@@ -18,7 +18,7 @@ from adaselect_kernels.grad_norms.layout import Layout
 from adaselect_kernels.grad_norms.rows import Rows
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class Call:
     """A call that has a rule. `sq_norms(rows, x, layout, grads, grads_layout, weight, bias)` -> [samples].
 
