@@ -70,12 +70,9 @@ class PerSampleGradNorm:
             raise ValueError(f"sample_dim must be an integer of at least 0, got {sample_dim!r}")
         self._model, self._reduction, self._sample_ids = model, loss_reduction, _checked_ids(sample_ids)
         leaves = _leaves(model, parameters)
-        norms = [
-            (name, getattr(m, kind, None)) for name, m in model.named_modules() for kind in ("running_mean", "weight")
-        ]
         self._recorder = Recorder(
+            model,
             leaves,
-            [(name, tensor) for name, tensor in norms if isinstance(tensor, Tensor)],
             weight_gradients=weight_gradients,
             batchnorm=batchnorm,
             fallback=fallback,
@@ -87,9 +84,9 @@ class PerSampleGradNorm:
     def __enter__(self) -> "PerSampleGradNorm":
         self._recorder.open()
         with contextlib.ExitStack() as stack:
-            hook = self._model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-            for handle in (hook, *self._recorder.watch()):
-                stack.callback(handle.remove)
+            stack.callback(self._model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True).remove)
+            stack.callback(self._recorder.unwatch)
+            self._recorder.watch()
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._recorder)
             self._open = stack.pop_all()
@@ -127,10 +124,11 @@ class PerSampleGradNorm:
             raise RuntimeError("no norms yet: call the model and loss.backward() inside the context")
         double = any(leaf.parameter.dtype == torch.float64 for leaf in self._leaves)
         device = next((leaf.parameter.device for leaf in self._leaves), torch.device("cpu"))
-        total = torch.zeros(recorder.rows.samples, dtype=torch.float64, device=device)
-        for leaf in leaves:
-            if leaf.sq_norms is not None:
-                total += leaf.sq_norms.to(device)
+        parts = [leaf.sq_norms.to(device) for leaf in leaves if leaf.sq_norms is not None]
+        if parts:
+            total = torch.stack(parts).sum(0, dtype=torch.float64)
+        else:
+            total = torch.zeros(recorder.rows.samples, dtype=torch.float64, device=device)
         return (total.sqrt() * self._scale()).to(torch.float64 if double else torch.float32)
 
     def _scale(self) -> Tensor | float:
@@ -165,8 +163,8 @@ def _leaves(model: nn.Module, parameters: Any) -> list[Leaf]:
     """Every trainable parameter, each once, under the first name it has."""
     found: dict[int, Leaf] = {}
     for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in found:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in found:
                 full = f"{module_name}.{name}" if module_name else name
                 found[id(parameter)] = Leaf(full, module_name, module, parameter, parameters is None)
     if parameters is not None:

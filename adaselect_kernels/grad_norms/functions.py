@@ -17,9 +17,22 @@ SELECTIONS = {
 }
 
 
+# How the recorder takes a function: it is followed, it is not (a property that holds no values), or there is more to ask.
+FOLLOWED, PASSED, SPECIAL = range(3)
+
+
 @functools.lru_cache(maxsize=1024)
+def described(func: Any) -> tuple[str, bool, int]:
+    """The function's name without marks of operators, whether it writes into its first argument, and how it is taken."""
+    name, writes = canonical(func)
+    own = getattr(func, "__name__", "")
+    if own == "__set__" or (own == "__get__" and name not in TENSOR_PROPERTIES):
+        return name, writes, PASSED
+    special = (Tensor.backward, torch.autograd.grad, torch.nn.functional.batch_norm, Tensor.__iter__)
+    return name, writes, SPECIAL if func in special else FOLLOWED
+
+
 def canonical(func: Any) -> tuple[str, bool]:
-    """The function's name without marks of operators, and whether it writes into its first argument."""
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         return func.__self__.__name__, False

@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from adaselect_kernels.grad_norms import rules
 from adaselect_kernels.grad_norms.layout import Layout
+from adaselect_kernels.grad_norms.nodes import Held, Packed
 from adaselect_kernels.grad_norms.rows import Rows
 
 
 class Leaf:
     """A trainable parameter, and what is known of its gradient in this batch."""
+
+    __slots__ = (
+        *("name", "module_name", "module", "parameter", "wanted"),
+        *("uses", "late_uses", "fired", "late_fired", "entries", "sq_norms", "closed", "fresh"),
+    )
 
     def __init__(self, name: str, module_name: str, module: nn.Module, parameter: nn.Parameter, wanted: bool) -> None:
         self.name, self.module_name, self.module = name, module_name, module
@@ -21,15 +27,15 @@ class Leaf:
         self.reset()
 
     def reset(self) -> None:
-        self.uses = {False: 0, True: 0}  # by "seen during a backward pass" (a recomputation of checkpointing)
-        self.fired = {False: 0, True: 0}
+        self.uses = self.late_uses = 0  # late: seen during a backward pass (a recomputation of checkpointing)
+        self.fired = self.late_fired = 0
         self.entries: list[Entry] = []
         self.sq_norms: Tensor | None = None
         self.closed = False
         self.fresh = False  # a use has fired since a gradient last arrived
 
-    def close(self, sq_norms: Tensor) -> None:
-        """All of its gradient has arrived; `sq_norms` [N] are known."""
+    def close(self, sq_norms: Tensor | None) -> None:
+        """All of its gradient has arrived; `sq_norms` [N] are known (None: those of another leaf of its module hold them)."""
         self.sq_norms, self.entries, self.closed = sq_norms, [], True
 
     @property
@@ -40,6 +46,11 @@ class Leaf:
 
 class Use:
     """One call with parameters: how to call it again, and which tensors in it are which."""
+
+    __slots__ = (
+        *("func", "name", "args", "kwargs", "call", "shared", "leaves", "layouts", "aligned", "out_layouts", "late"),
+        *("moments", "kept", "fused", "__weakref__"),
+    )
 
     def __init__(self, func, name: str, args, kwargs, call: rules.Call | None) -> None:
         self.func, self.name, self.args, self.kwargs, self.call = func, name, args, kwargs, call
@@ -52,7 +63,7 @@ class Use:
         self.moments: tuple[Tensor, Tensor] | None = (
             None  # mean and rstd of a normalisation, where they need not be found again
         )
-        self.kept: Tensor | None = None  # its node keeps the sample tensors, as autograd keeps its own
+        self.kept: Held | Packed | None = None  # the sample tensors
         self.fused = False
 
 
@@ -62,6 +73,8 @@ class Entry:
     plain: the call has a rule and saw the parameter itself, or elements of it, each at most once, in a shape that does not
     matter to the rule: the norm is then that of the parameter's gradient, as far as this call goes.
     """
+
+    __slots__ = ("explicit", "grads", "plain", "role", "samples", "tensor", "use")
 
     def __init__(
         self, use: Use | None, role: str, tensor: Tensor | None, samples, grads, plain: bool, explicit=None
@@ -75,6 +88,11 @@ class Slot(int):
     """Stands for a sample tensor in the arguments that a use keeps."""
 
 
+_TENSORS = frozenset((Tensor, nn.Parameter))
+_SCALARS = frozenset((type(None), int, float, bool, str, torch.dtype, torch.device, slice))
+_FLAT = _TENSORS | _SCALARS  # most arguments are; isinstance of torch.Tensor takes several times as long as a set
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """In a nest of tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
@@ -82,7 +100,12 @@ def tensors_in(value: Any) -> list[Tensor]:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     found = []
     for item in items:
-        if isinstance(item, Tensor):
+        kind = type(item)
+        if kind in _TENSORS:
+            found.append(item)
+        elif kind in _SCALARS:
+            continue
+        elif isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, (tuple, list, dict)):
             found += tensors_in(item)
@@ -97,6 +120,13 @@ def replaced(value: Any, by: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: replaced(item, by) for key, item in value.items()}
     return by(value)
+
+
+def swapped(value: Any, by_id: dict[int, Any]) -> Any:
+    """The same nest with other values for some of its objects."""
+    if type(value) is tuple and _FLAT.issuperset(map(type, value)):
+        return tuple([by_id.get(id(item), item) for item in value])
+    return replaced(value, lambda item: by_id.get(id(item), item)) if value else value
 
 
 def sq_norms_of(leaf: Leaf, rows: Rows) -> Tensor:

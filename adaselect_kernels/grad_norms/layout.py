@@ -3,9 +3,10 @@
 Exact or unknown: a layout that cannot be told is None, and a layer that meets a tensor of unknown layout is refused.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ class Layout(NamedTuple):
 
 
 LEADING = Layout(0)
+Known = tuple[Tensor, Layout | None]  # a sample tensor and its layout, None where that is not known
 
 # A reshape keeps the linear order of the elements.
 _RESHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel"}
+_TRANSPOSITIONS = {"transpose", "swapaxes", "swapdims", "t", "T", "mT", "H", "mH", "permute", "movedim"}
 # Dimensions may be added on the left; the others stay or grow.
 _EXPANSIONS = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
 # Dimensions may be added on the right.
@@ -67,44 +70,64 @@ _WINDOWS = (
     "response_norm",
 )
 _CHANNEL_NORMS = {"group_norm", "instance_norm", "batch_norm"}
+_PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "addmm", "__matmul__"}
 
 
-def sources(name: str, args: Sequence[Any], samples: Sequence[Tensor]) -> list[Tensor]:
+@functools.lru_cache(maxsize=1024)
+def _kinds(name: str) -> tuple[str, str]:
+    """How function `name` moves dimensions, and how positions may meet in it where shapes alone would not tell."""
+    moves = (
+        ("reshape", _RESHAPES), ("expand", _EXPANSIONS), ("permute", _TRANSPOSITIONS), ("index", {"__getitem__"}),
+        ("look up", _LOOKUPS), ("along", _ALONG_A_DIMENSION), ("einsum", {"einsum"}), ("stack", {"stack"}),
+    )  # fmt: skip
+    mixes = (
+        ("norm", {"layer_norm", "rms_norm"}), ("attention", {"scaled_dot_product_attention"}), ("product", _PRODUCTS)
+    )  # fmt: skip
+    window = "window" if any(part in name for part in _WINDOWS) or name in _CHANNEL_NORMS else ""
+    move, mix = (next((kind for kind, names in kinds if name in names), "") for kinds in (moves, mixes))
+    return move, window or mix
+
+
+def sources(name: str, args: Sequence[Any], known: list[Known]) -> list[Known]:
     """Those of the sample tensors among the arguments whose values go into the result."""
     if name in _FACTORIES:
         return []
-    return [tensor for tensor in samples if tensor is args[0]] if name in _LIKE and args else list(samples)
+    return [one for one in known if one[0] is args[0]] if name in _LIKE and args else known
 
 
 def through(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], known: Sequence[tuple[Tensor, Layout | None]], rows: int
+    name: str, args: Sequence[Any], kwargs: dict[str, Any], known: Sequence[Known], rows: int
 ) -> Callable[[Tensor], Layout | None]:
     """The layout of each output of function `name`, from the layouts `known` of its sample tensors."""
-    if any(layout is None for _, layout in known):
+    for _, layout in known:
+        if layout is None:
+            return lambda out: None
+    found = cast(Sequence[tuple[Tensor, Layout]], known)
+    moves, mixes = _kinds(name)
+    if mixes and _mixes(mixes, name, args, kwargs, found):
         return lambda out: None
-    found = [(tensor, layout) for tensor, layout in known if layout is not None]
+    if not moves:
+        return lambda out: _prefix(found, out)
     subject, layout = found[0]
     is_subject = bool(args) and args[0] is subject
-    if _mixes(name, args, kwargs, found):
-        return lambda out: None
-    if name == "einsum":
+    if moves == "einsum":
         return lambda out: _einsum(args, found, out)
-    if name == "stack":
+    if moves == "stack":
         at = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (subject.dim() + 1)
         return lambda out: _agree([_shift(given, int(at <= given.dim)) for _, given in found])
-    if is_subject and name in _RESHAPES:
+    if is_subject and moves == "reshape":
         return lambda out: _reshaped(subject.shape, layout, out.shape, rows)
-    if is_subject and name in _EXPANSIONS:
+    if is_subject and moves == "expand":
         return lambda out: _same_size(_shift(layout, out.dim() - subject.dim()), out, layout, rows)
-    if is_subject and name in ("transpose", "swapaxes", "swapdims", "t", "T", "mT", "H", "mH", "permute", "movedim"):
-        order = _order(name, args, kwargs, subject.dim())
-        return lambda out: None if order is None else Layout(order.index(layout.dim), layout.outer, layout.inner)
-    if is_subject and name == "__getitem__":
+    if is_subject and moves == "permute":
+        place = _place(name, args, kwargs, subject.dim(), layout.dim)
+        return lambda out: Layout(place, layout.outer, layout.inner)
+    if is_subject and moves == "index":
         at = _indexed(args[1], subject.dim(), layout.dim)
         return lambda out: None if at is None else _same_size(layout._replace(dim=at), out, layout, rows)
-    if name in _LOOKUPS and not (is_subject and name == "__getitem__"):
+    if moves in ("look up", "index"):
         return lambda out: _same_size(layout, out, layout, rows)
-    if name in _ALONG_A_DIMENSION:
+    if moves == "along":
         along = _along(name, args, kwargs)
         if along is None or any(d % tensor.dim() == at.dim for tensor, at in found for d in along):
             return lambda out: None
@@ -115,11 +138,11 @@ def through(
 
 
 def _shift(layout: Layout, by: int) -> Layout:
-    return layout._replace(dim=layout.dim + by)
+    return Layout(layout.dim + by, layout.outer, layout.inner) if by else layout
 
 
 def _agree(layouts: Sequence[Layout]) -> Layout | None:
-    return layouts[0] if all(layout == layouts[0] for layout in layouts) else None
+    return layouts[0] if len(layouts) == layouts.count(layouts[0]) else None
 
 
 def _same_size(layout: Layout, out: Tensor, of: Layout, rows: int) -> Layout | None:
@@ -129,16 +152,21 @@ def _same_size(layout: Layout, out: Tensor, of: Layout, rows: int) -> Layout | N
 
 def _prefix(found: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:
     """Any other function: what is in front of the axis stays (or is broadcast, aligned from the right), and so does the axis."""
-    layouts = []
+    if len(found) == 1:
+        tensor, layout = found[0]
+        if not layout.dim and tensor.dim() == out.dim():
+            return layout if tensor.size(0) == out.size(0) else None
+    layouts, new = [], out.shape
     for tensor, layout in found:
-        added = max(0, out.dim() - tensor.dim())
-        moved = _shift(layout, added)
-        if moved.dim >= out.dim() or out.shape[moved.dim] != tensor.shape[layout.dim]:
+        shape, at = tensor.shape, layout.dim
+        added = max(0, len(new) - len(shape))
+        if at + added >= len(new) or new[at + added] != shape[at]:
             return None
-        front = zip(tensor.shape[: layout.dim], out.shape[added : moved.dim], strict=True)
-        if moved.dim and (out.dim() < tensor.dim() or any(old not in (1, new) for old, new in front)):
-            return None
-        layouts.append(moved)
+        if at + added:
+            front = zip(shape[:at], new[added : at + added], strict=True)
+            if len(new) < len(shape) or any(old not in (1, size) for old, size in front):
+                return None
+        layouts.append(_shift(layout, added))
     return _agree(layouts)
 
 
@@ -146,6 +174,8 @@ def _reshaped(shape: Sequence[int], layout: Layout, new: Sequence[int], rows: in
     """row = (linear index // stride) % rows, before and after."""
     if rows == 0:
         return LEADING if new and new[0] == 0 else None
+    if layout == LEADING and new and new[0] == rows and 0 not in shape:
+        return LEADING
     stride = layout.inner * math.prod(shape[layout.dim + 1 :])
     for dim, size in enumerate(new):
         below = math.prod(new[dim + 1 :])
@@ -154,25 +184,24 @@ def _reshaped(shape: Sequence[int], layout: Layout, new: Sequence[int], rows: in
     return None
 
 
-def _order(name: str, args: Sequence[Any], kwargs: dict[str, Any], dims: int) -> list[int] | None:
-    """order[i]: the old dimension that the new dimension i is."""
-    order = list(range(dims))
+def _place(name: str, args: Sequence[Any], kwargs: dict[str, Any], dims: int, axis: int) -> int:
+    """Where dimension `axis` is after a transposition or permutation."""
     rest = [*args[1:], *kwargs.values()]
     if name in ("T", "H"):
-        return order[::-1]
-    if name in ("t", "mT", "mH"):
-        rest = [-1, -2] if dims >= 2 else [0, 0]
+        return dims - 1 - axis
     if name == "permute":
         given = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list, torch.Size)) else rest
-        return [dim % dims for dim in given]
+        return [dim % dims for dim in given].index(axis)
     if name == "movedim":
         source, target = ([d % dims for d in ([given] if isinstance(given, int) else given)] for given in rest)
-        places = dict(zip(target, source, strict=True))
-        others = iter(dim for dim in order if dim not in source)
-        return [places[i] if i in places else next(others) for i in order]
+        if axis in source:
+            return target[source.index(axis)]
+        free = [dim for dim in range(dims) if dim not in target]
+        return free[[dim for dim in range(dims) if dim not in source].index(axis)]
+    if name in ("t", "mT", "mH"):
+        rest = [-1, -2] if dims >= 2 else [0, 0]
     a, b = rest[0] % dims, rest[1] % dims
-    order[a], order[b] = order[b], order[a]
-    return order
+    return b if axis == a else a if axis == b else axis
 
 
 def _indexed(index: Any, dims: int, axis: int) -> int | None:
@@ -216,23 +245,23 @@ def _without(subject: Tensor, layout: Layout, out: Tensor, removed: int, in_fron
     return _same_size(moved, out, layout, rows) if out.dim() in (subject.dim(), subject.dim() - removed) else None
 
 
-def _mixes(name: str, args: Sequence[Any], kwargs: dict[str, Any], found: Sequence[tuple[Tensor, Layout]]) -> bool:
+def _mixes(
+    kind: str, name: str, args: Sequence[Any], kwargs: dict[str, Any], found: Sequence[tuple[Tensor, Layout]]
+) -> bool:
     """Whether the function lets positions of the sample axis meet, where its shapes alone would not tell."""
-    if any(part in name for part in _WINDOWS) or name in _CHANNEL_NORMS:
+    if kind == "window":
         return any(at.dim != 0 for _, at in found)
-    if name in ("layer_norm", "rms_norm"):
+    if kind == "norm":
         shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
         return any(at.dim >= tensor.dim() - len(shape) for tensor, at in found)
-    if name == "scaled_dot_product_attention":
+    if kind == "attention":
         return any(at.dim >= tensor.dim() - 2 for tensor, at in found)
-    if name in ("matmul", "bmm", "mm", "baddbmm", "addmm", "__matmul__"):
-        left, right = ([*args, *kwargs.values()])[-2:] if name not in ("baddbmm", "addmm") else args[1:3]
-        contracted = [(left, 1), (right, 2 if right.dim() > 1 else 1)]
-        if any(tensor is side and at.dim == tensor.dim() - d for tensor, at in found for side, d in contracted):
-            return True
-        both = [at.dim >= tensor.dim() - 2 for tensor, at in found if tensor is left or tensor is right]
-        return len(both) > 1 and any(both)
-    return False
+    left, right = ([*args, *kwargs.values()])[-2:] if name not in ("baddbmm", "addmm") else args[1:3]
+    contracted = [(left, 1), (right, 2 if right.dim() > 1 else 1)]
+    if any(tensor is side and at.dim == tensor.dim() - d for tensor, at in found for side, d in contracted):
+        return True
+    both = [at.dim >= tensor.dim() - 2 for tensor, at in found if tensor is left or tensor is right]
+    return len(both) > 1 and any(both)
 
 
 def _einsum(args: Sequence[Any], found: Sequence[tuple[Tensor, Layout]], out: Tensor) -> Layout | None:

@@ -1,6 +1,6 @@
 """Nodes of autograd that a use adds to the graph, without changing a gradient of the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,37 @@ class Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise AssertionError("no loss depends on it")
+
+
+class Held:
+    """Tensors for the backward pass where no hook packs what autograd saves; written to in between they are refused, as there."""
+
+    __slots__ = ("_tensors", "_versions")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._versions = tuple(tensors), [tensor._version for tensor in tensors]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        for tensor, version in zip(self._tensors, self._versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: the input"
+                    f" {list(tensor.shape)} of a call with parameters is at version {tensor._version}, expected {version}"
+                )
+        return self._tensors
+
+
+class Packed:
+    """Tensors for the backward pass as the hooks on saved tensors have packed them."""
+
+    __slots__ = ("_output",)
+
+    def __init__(self, anchor: Tensor, tensors: Sequence[Tensor]) -> None:
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            self._output = Keep.apply(anchor, *tensors)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._output.grad_fn.saved_tensors  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
 class Attach(torch.autograd.Function):

@@ -7,22 +7,40 @@ gets a hook, and when the gradient arrives there (arrivals.py) the rule of the f
 without a rule are refused, or differentiated one sample at a time.
 """
 
-import dataclasses
 import functools
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaselect_kernels.grad_norms import functions, layout, rules
-from adaselect_kernels.grad_norms.arrivals import Arrivals, UnaccountedParameter
-from adaselect_kernels.grad_norms.gradients import Slot, Use, replaced, same_alone, tensors_in
-from adaselect_kernels.grad_norms.layout import LEADING, Layout
-from adaselect_kernels.grad_norms.nodes import Attach, Keep, seen_through
+from adaselect_kernels.grad_norms.arrivals import Apart, Arrivals, Shared, UnaccountedParameter, shared_of
+from adaselect_kernels.grad_norms.gradients import Slot, Use, same_alone, swapped, tensors_in
+from adaselect_kernels.grad_norms.layout import LEADING, Known, Layout
+from adaselect_kernels.grad_norms.nodes import Attach, Held, Packed, seen_through
 from adaselect_kernels.grad_norms.rows import Rows
+
+
+def _saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """What packs and unpacks the tensors that autograd saves, if anything does (checkpointing does)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _apart(args, kwargs, shared: Sequence[tuple[Tensor, Shared]]) -> tuple[Any, Any]:
+    """The arguments with the shared tensors cut off from their gradients."""
+    detached = {id(tensor): tensor.detach() for tensor, _ in shared}
+    return swapped(args, detached), swapped(kwargs, detached)
+
+
+def _anchor(like: Tensor) -> Tensor:
+    return torch.zeros(0, requires_grad=True, device=like.device)
+
+
+def _nothing(grads: Tensor) -> tuple[None]:
+    return (None,)
 
 
 class Recorder(Arrivals):
@@ -35,7 +53,8 @@ class Recorder(Arrivals):
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
         if self.finished or self.rows is None:
-            self.reset()
+            if self._touched:
+                self.reset()
             self.rows = None
         found = [tensor for tensor in tensors_in(inputs) if tensor.dim() > self.sample_dim]
         if not found:
@@ -47,7 +66,7 @@ class Recorder(Arrivals):
             raise ValueError(
                 f"all calls of the model before a backward must have as many rows: {self.rows.count}, {count}"
             )
-        self.rows = self.rows or Rows(count, sample_ids)
+        self.rows, self._touched = self.rows or Rows(count, sample_ids), True
         self._inputs += found
         for tensor in found:
             if tensor.shape[self.sample_dim] == count and tensor not in self._samples:
@@ -57,7 +76,7 @@ class Recorder(Arrivals):
 
     def _call(self, func, args, kwargs) -> Any:
         """Run a function; what checkpointing recomputes for its saved tensors is then seen as well."""
-        hooks = self._saving_hooks() if torch.is_grad_enabled() else None
+        hooks = _saving_hooks() if torch.is_grad_enabled() else None
         if hooks is None:
             return func(*args, **kwargs)
         pack, unpack = hooks
@@ -69,41 +88,35 @@ class Recorder(Arrivals):
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack_seen):
             return func(*args, **kwargs)
 
-    def _saving_hooks(self) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-        """What packs and unpacks the tensors that autograd saves, if anything does (checkpointing does)."""
-        return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._closed:
             return func(*args, **kwargs)
-        if func is Tensor.backward:
-            return self._backward(*args, **kwargs)
-        if func is torch.autograd.grad:
-            raise ValueError(
-                "torch.autograd.grad inside PerSampleGradNorm: its gradients could not be told from those of the loss"
-                " (double backward is not supported)"
-            )
-        name, writes = functions.canonical(func)
-        if func.__name__ == "__set__" or (func.__name__ == "__get__" and name not in functions.TENSOR_PROPERTIES):
+        name, writes, taken = functions.described(func)
+        if taken is functions.PASSED:
             return func(*args, **kwargs)
-        tensors = [*tensors_in(args), *tensors_in(kwargs)]
-        for tensor in tensors:
-            if tensor not in self._samples and tensor.grad_fn in self._sample_nodes:
-                self._samples[tensor] = self._sample_nodes[tensor.grad_fn]  # another object for the same tensor
-        shared = [t for t in tensors if t in self._shared] if torch.is_grad_enabled() else []
-        if func is torch.nn.functional.batch_norm and self._is_training(args, kwargs):
-            return self._batch_statistics(func, args, kwargs)
-        samples = layout.sources(name, args, [t for t in tensors if t in self._samples])
-        if shared:
-            samples += [t for t in tensors if t not in self._samples and t not in self._shared and self._adopts(t)]
-        if not samples and not shared:
-            return self._call(func, args, kwargs)
-        if not samples:
-            return self._derive(func, name, args, kwargs, tensors, shared)
-        known = [(tensor, self._samples[tensor]) for tensor in samples]
+        if taken is functions.SPECIAL:
+            if func is Tensor.backward:
+                return self._backward(*args, **kwargs)
+            if func is torch.autograd.grad:
+                raise ValueError(
+                    "torch.autograd.grad inside PerSampleGradNorm: its gradients could not be told from those of the loss"
+                    " (double backward is not supported)"
+                )
+            if func is torch.nn.functional.batch_norm and self._is_training(args, kwargs):
+                return self._batch_statistics(func, args, kwargs)
+        tensors = tensors_in(args)
+        if kwargs:
+            tensors += tensors_in(kwargs)
+        known, shared, others = self._sorted(tensors)
+        if known:
+            known = layout.sources(name, args, known)
+        if shared and others:
+            known = [*known, *self._adopted(others)]
+        if not known:
+            return self._derive(func, name, args, kwargs, tensors, shared) if shared else self._call(func, args, kwargs)
         if not shared:
-            if func is Tensor.__iter__:
+            if taken is functions.SPECIAL and func is Tensor.__iter__:
                 with self.on():
                     return iter(args[0].unbind(0))
             out = self._call(func, args, kwargs)
@@ -113,14 +126,44 @@ class Recorder(Arrivals):
             return out
         return self._use(func, name, writes, args, kwargs, tensors, shared, known)
 
+    def _sorted(self, tensors: Sequence[Tensor]) -> tuple[list[Known], list[tuple[Tensor, Shared]], list[Tensor]]:
+        """The sample tensors with their layouts, the shared tensors (while gradients are recorded), and those that are neither.
+
+        Every argument of every function passes here: the maps are read directly.
+        """
+        known, shared, others = [], [], []
+        samples, parameters = self._samples.entries, self._shared.entries if torch.is_grad_enabled() else {}
+        for tensor in tensors:
+            key, neither = id(tensor), True
+            entry = samples.get(key)
+            if entry is not None and entry[0]() is tensor:
+                known.append((tensor, entry[1]))
+                neither = False
+            else:
+                node = tensor.grad_fn
+                if node is not None and node in self._sample_nodes:  # another object for the same tensor
+                    where = self._samples[tensor] = self._sample_nodes[node]
+                    known.append((tensor, where))
+                    neither = False
+            entry = parameters.get(key)
+            if entry is not None and entry[0]() is tensor:
+                shared.append((tensor, entry[1]))
+            elif neither:
+                others.append(tensor)
+        return known, shared, others
+
     def _mark(self, out: Any, name: str, args, kwargs, known, writes: bool) -> list[Tensor]:
         """Give the outputs their layouts; returns them."""
         assert self.rows is not None
         where = layout.through(name, args, kwargs, known, self.rows.count)
-        found = list(tensors_in(out))
-        for i, tensor in enumerate(found):
-            # behind the output, recurrent layers give the last states [layers, N, H], whatever the order of the input is
-            self._set_layout(tensor, Layout(tensor.dim() - 2) if i and name in layout.RECURRENT else where(tensor))
+        if type(out) is Tensor:
+            found = [out]
+            self._set_layout(out, where(out))
+        else:
+            found = tensors_in(out)
+            for i, tensor in enumerate(found):
+                # behind the output, recurrent layers give the last states [layers, N, H], whatever the order of the input is
+                self._set_layout(tensor, Layout(tensor.dim() - 2) if i and name in layout.RECURRENT else where(tensor))
         if name == "__setitem__" and isinstance(args[0], Tensor):
             target = args[0]
             front = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
@@ -132,9 +175,15 @@ class Recorder(Arrivals):
         return found
 
     def _set_layout(self, tensor: Tensor, where: Layout | None) -> None:
-        self._samples[tensor] = where
-        if tensor.grad_fn is not None:
-            self._sample_nodes[tensor.grad_fn] = where
+        self._samples.entries[id(tensor)] = weakref.ref(tensor), where
+        node = tensor.grad_fn
+        if node is not None:
+            self._sample_nodes[node] = where
+
+    def _adopted(self, tensors: Sequence[Tensor]) -> Iterator[Known]:
+        for tensor in tensors:
+            if tensor not in self._samples and self._adopts(tensor):
+                yield tensor, self._samples[tensor]
 
     def _adopts(self, tensor: Tensor) -> bool:
         """A tensor that came from where torch functions are not seen: a sample tensor if its graph says so."""
@@ -149,29 +198,32 @@ class Recorder(Arrivals):
 
     def _account(self, outputs: Sequence[Tensor], above: set[Any]) -> None:
         """The nodes that a call made, between its outputs and its inputs."""
-        stack = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+        accounted, stack = self._accounted, [tensor.grad_fn for tensor in outputs]
         while stack:
             node = stack.pop()
-            if node not in above and node not in self._accounted:
-                self._accounted.add(node)
-                stack += [below for below, _ in node.next_functions if below is not None]
+            if node is not None and node not in above and node not in accounted:
+                accounted.add(node)
+                stack += [below for below, _ in node.next_functions]
 
     # ---- shared tensors
 
-    def _derive(self, func, name: str, args, kwargs, tensors: Sequence[Tensor], shared: Sequence[Tensor]) -> Any:
+    def _derive(self, func, name: str, args, kwargs, tensors: Sequence[Tensor], shared) -> Any:
         """A function of parameters and constants alone."""
+        self._touched = True
         above = {tensor.grad_fn for tensor in tensors}
         out = self._call(func, args, kwargs)
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         self._account(outputs, above)
-        sources = frozenset().union(*(self._shared[tensor][0] for tensor in shared))
-        of = self._shared[shared[0]][1] if len(shared) == 1 and functions.selects(name, args, kwargs) else None
+        keys = {id(leaf.parameter) for _, of in shared for leaf in of.sources}
+        sources = tuple([self.leaves[key] for key in sorted(keys)])
+        whole = shared[0][1].whole if len(shared) == 1 and functions.selects(name, args, kwargs) else None
+        made = shared_of(sources, whole)
         for tensor in outputs:
             if tensor in self._shared:
                 continue
-            self._shared[tensor] = (sources, of)
-            self._shared_nodes[tensor.grad_fn] = sources
-            if any(self.leaves[source].wanted for source in sources) and self.weight_gradients != "none":
+            self._shared[tensor] = made
+            self._shared_nodes[tensor.grad_fn] = made.sources
+            if made.leaves and self.weight_gradients != "none":
                 # entries keep the tensor while they need it; a strong reference here would be a cycle
                 tensor.register_hook(functools.partial(self._leaving, weakref.ref(tensor)))
         return out
@@ -179,120 +231,123 @@ class Recorder(Arrivals):
     # ---- uses
 
     def _use(self, func, name: str, writes: bool, args, kwargs, tensors, shared, known) -> Any:
-        wanted = [t for t in shared if any(self.leaves[source].wanted for source in self._shared[t][0])]
-        scoring = self.weight_gradients == "none"
+        wanted = [tensor for tensor, of in shared if of.leaves]
         if not wanted:
-            apart = [replaced(nest, self._detached) if scoring else nest for nest in (args, kwargs)]
-            out = self._call(func, *apart)
+            given = _apart(args, kwargs, shared) if self.weight_gradients == "none" else (args, kwargs)
+            out = self._call(func, *given)
             self._mark(out, name, args, kwargs, known, writes)
             return out
-        call = self._bind(name, args, kwargs, wanted, [tensor for tensor, _ in known]) if not writes else None
+        call = self._bind(name, args, kwargs, wanted, known) if not writes else None
         simple = name in rules.ELEMENTWISE or name in rules.JOINING
         if call is None and not simple and isinstance(func, types.FunctionType):
             body = functions.opened(func)
             if body is not None and name not in rules.RULES:
                 with self.on():
                     return body(*args, **kwargs)
-        leaf = self.leaves[min(self._shared[wanted[0]][0])]
-        if any(where is None for _, where in known):
+        if None in [where for _, where in known]:
             shapes = ", ".join(str(list(tensor.shape)) for tensor, where in known if where is None)
             raise self._refusal(
-                leaf,
+                self._leaf_of(wanted[0]),
                 f"{name} together with a tensor {shapes} of which it is not known which part belongs to which sample",
             )
         if writes and name not in ("add", "sub"):
-            raise self._refusal(leaf, f"{name}_, which overwrites its input")
+            raise self._refusal(self._leaf_of(wanted[0]), f"{name}_, which overwrites its input")
         if call is None and not simple and self.fallback != "per_sample":
             raise self._refusal(
-                leaf, f"{name}, which has no rule (fallback='per_sample' differentiates it sample by sample)"
+                self._leaf_of(wanted[0]),
+                f"{name}, which has no rule (fallback='per_sample' differentiates it sample by sample)",
             )
-        return self._record(func, name, writes, args, kwargs, tensors, wanted, known, call)
+        return self._record(func, name, writes, args, kwargs, tensors, shared, wanted, known, call)
 
-    def _bind(self, name: str, args, kwargs, wanted: Sequence[Tensor], samples: Sequence[Tensor]) -> rules.Call | None:
+    def _bind(self, name: str, args, kwargs, wanted: Sequence[Tensor], known: Sequence[Known]) -> rules.Call | None:
         """The call as its rule reads it: one sample tensor, and every wanted shared tensor in a role that the rule has."""
-        if len(samples) != 1:
+        if len(known) != 1:
             return None
         if name in rules.BROADCASTING:
             alone = len(wanted) == 1 and len(args) == 2 and not kwargs
             return rules.broadcast(name, wanted[0]) if alone else None
         call = rules.RULES[name](*args, **kwargs) if name in rules.RULES else None
-        if call is None or call.input is not samples[0]:
+        if call is None or call.input is not known[0][0]:
             return None
-        covered = all(any(tensor is role for role in call.roles.values()) for tensor in wanted)
-        return dataclasses.replace(call, input=None) if covered else None  # checkpointing may drop the input
+        call.input = None  # checkpointing may drop it
+        covered = {id(tensor) for tensor in call.roles.values()}
+        return call if covered.issuperset(map(id, wanted)) else None
 
-    def _record(self, func, name: str, writes: bool, args, kwargs, tensors, wanted, known, call) -> Any:
-        assert self.rows is not None
+    def _record(self, func, name: str, writes: bool, args, kwargs, tensors, shared, wanted, known, call) -> Any:
         above = {tensor.grad_fn for tensor in tensors}
-        order = {id(tensor): Slot(i) for i, (tensor, _) in reversed(list(enumerate(known)))}
-        kept_args, kept_kwargs = (replaced(nest, lambda v: order.get(id(v), v)) for nest in (args, kwargs))
-        use = Use(func, name, kept_args, kept_kwargs, call)
+        slots = {id(known[i][0]): Slot(i) for i in reversed(range(len(known)))}
+        use = Use(func, name, swapped(args, slots), swapped(kwargs, slots), call)
+        by_id = {id(tensor): of for tensor, of in shared if of.leaves}
         if call is None:
-            use.shared = {str(key): tensor for key, tensor in {id(tensor): tensor for tensor in wanted}.items()}
+            use.shared = {str(id(tensor)): tensor for tensor in wanted}
         else:
-            use.shared = {role: t for role, t in call.roles.items() if any(t is tensor for tensor in wanted)}
+            use.shared = {role: tensor for role, tensor in call.roles.items() if id(tensor) in by_id}
         use.layouts = [where for _, where in known]
-        use.fused = self._may_fuse(name, use, [tensor for tensor in tensors if tensor in self._shared])
+        use.fused = self._may_fuse(name, use, shared)
         apart = self.weight_gradients == "none" or use.fused
-        given = [replaced(v, self._detached) if apart else v for v in (args, kwargs)]
-        out = self._call(func, *given)
+        given_args, given_kwargs = _apart(args, kwargs, shared) if apart else (args, kwargs)
+        hooks = _saving_hooks()
+        out = func(*given_args, **given_kwargs) if hooks is None else self._call(func, given_args, given_kwargs)
         outputs = self._mark(out, name, args, kwargs, known, writes)
         outputs = [tensor for tensor in outputs if tensor.is_floating_point()]
-        where = [self._samples[tensor] for tensor in outputs]
-        if any(at is None for at in where):
+        use.out_layouts = [self._samples[tensor] for tensor in outputs]
+        if None in use.out_layouts:
             raise self._refusal(self._leaf_of(wanted[0]), f"{name}, of whose output the sample axis is not known")
-        use.out_layouts = [at for at in where if at is not None]
-        if call is not None and not self._saving_hooks():
+        if call is not None and call.moments is not None and hooks is None:
             use.moments = call.moments(outputs[0])
-        self._align(use, outputs)
-        samples = [tensor for tensor, _ in known]
         simple = name in rules.ELEMENTWISE or name in rules.JOINING
+        if simple:
+            self._align(use, outputs)
+        samples = [tensor for tensor, _ in known]
         if call is None and not simple and not self._replays(use, samples, outputs):
             raise self._refusal(
                 self._leaf_of(wanted[0]), f"{name}, which does not give a sample alone what it gives it in the batch"
             )
-        anchor = torch.zeros(0, requires_grad=True, device=outputs[0].device)
         if len(outputs) > 1:
             # one may be computed from another inside the call: hooks see what comes from outside, on nodes of their own
-            apart_from = {id(t): Attach.apply(lambda grads: (None,), False, t, anchor) for t in outputs}
-            out = replaced(out, lambda value: apart_from.get(id(value), value))
+            anchor = _anchor(outputs[0])
+            apart_from = {id(t): Attach.apply(_nothing, False, t, anchor) for t in outputs}
+            out = swapped(out, apart_from)
             outputs = bases = list(apart_from.values())
+            attached = True
         else:
             # a view is rebased when it, or another view of its base, is written in place: only the base keeps its history
             bases = [tensor if tensor._base is None else tensor._base for tensor in outputs]
+            attached = use.fused or not bases[0].requires_grad
             if use.fused:
                 gradients = functools.partial(self._fired_fused, use, seen_through(outputs[0], bases[0]))
                 Attach.apply(gradients, True, bases[0], *use.shared.values())
-            elif not bases[0].requires_grad:
-                Attach.apply(lambda grads: (None,), True, bases[0], anchor)
-        self._account([*outputs, *bases], above)
-        for tensor, where in zip(outputs, use.out_layouts, strict=True):
-            self._set_layout(tensor, where)
-        with torch._C.DisableTorchFunction(), torch.enable_grad():
-            use.kept = Keep.apply(anchor, *samples)
+            elif attached:
+                Attach.apply(_nothing, True, bases[0], _anchor(bases[0]))
+        self._account(outputs if bases[0] is outputs[0] else [*outputs, *bases], above)
+        if attached:  # to other nodes
+            for tensor, where in zip(outputs, use.out_layouts, strict=True):
+                self._set_layout(tensor, where)
+        if hooks is None:  # what is its own output must not be kept by its own hook
+            use.kept = Held([tensor.detach() for tensor in samples] if writes else samples)
+        else:
+            use.kept = Packed(_anchor(outputs[0]), samples)
         if use.fused:
             pass
         elif len(outputs) == 1:
-            through = seen_through(outputs[0], bases[0])
-            bases[0].register_hook(lambda grads: self._fired(use, [through(grads)]))
+            through = None if bases[0] is outputs[0] else seen_through(outputs[0], bases[0])
+            bases[0].register_hook(functools.partial(self._fired_one, use, through))
         else:
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._fired(use, list(grads)))
         if not use.late:
             self._uses.append((use, bases[0].grad_fn))
-        use.leaves = self._leaves_of(use)
+        use.leaves = list(dict.fromkeys([leaf for t in use.shared.values() for leaf in by_id[id(t)].leaves]))
         for leaf in use.leaves:
-            leaf.uses[use.late] += 1
+            leaf.uses += not use.late
+            leaf.late_uses += use.late
         return out
-
-    def _detached(self, value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) and value in self._shared else value
 
     def _align(self, use: Use, outputs: Sequence[Tensor]) -> None:
         """A shared tensor may have as many entries along the output's sample axis: then sample i meets its entry i."""
         assert self.rows is not None
         at = use.out_layouts[0]
         for tensor in [*tensors_in(use.args), *tensors_in(use.kwargs)]:
-            if tensor in self._shared and (use.name in rules.ELEMENTWISE or use.name in rules.JOINING):
+            if tensor in self._shared:
                 dim = at.dim - max(0, outputs[0].dim() - tensor.dim()) if use.name != "stack" else use.layouts[0].dim
                 if dim >= 0 and tensor.shape[dim] == at.outer * self.rows.count * at.inner and tensor.shape[dim] > 1:
                     use.aligned[id(tensor)] = at._replace(dim=dim)
@@ -300,7 +355,7 @@ class Recorder(Arrivals):
     def _replays(self, use: Use, samples: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
         """Whether the call can be made again for one sample, with its other tensors whole or cut down along with it."""
         assert self.rows is not None
-        with self._apart(), torch.random.fork_rng([t.device for t in outputs[:1] if t.is_cuda]):
+        with Apart(self), torch.random.fork_rng([t.device for t in outputs[:1] if t.is_cuda]):
             at = use.layouts[0]
             size = at.outer * self.rows.count * at.inner
             others = [*tensors_in(use.args), *tensors_in(use.kwargs)]
@@ -314,9 +369,11 @@ class Recorder(Arrivals):
                     return True
             return False
 
-    def _may_fuse(self, name: str, use: Use, shared: Sequence[Tensor]) -> bool:
-        plain = all(id(tensor) in self.leaves for tensor in shared) and len(shared) == len(use.shared)
-        return self.weight_gradients == "fused" and name == "linear" and plain and "weight" in use.shared
+    def _may_fuse(self, name: str, use: Use, shared: Sequence[tuple[Tensor, Shared]]) -> bool:
+        if self.weight_gradients != "fused" or name != "linear":
+            return False
+        plain = all(id(tensor) in self.leaves for tensor, _ in shared) and len(shared) == len(use.shared)
+        return plain and "weight" in use.shared
 
     # ---- batch statistics and means
 
@@ -327,8 +384,10 @@ class Recorder(Arrivals):
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         given = dict(zip(names, args, strict=False)) | kwargs
         if self.batchnorm != "fixed_statistics":
-            owned = [id(given.get(name)) for name in ("running_mean", "weight") if given.get(name) is not None]
-            where = [f" in module {name!r}" for name, tensor in self.norm_tensors if id(tensor) in owned]
+            kinds = ("running_mean", "weight")
+            owned = [id(given.get(kind)) for kind in kinds if given.get(kind) is not None]
+            found = [(name, getattr(m, kind, None)) for name, m in self.model.named_modules() for kind in kinds]
+            where = [f" in module {name!r}" for name, tensor in found if id(tensor) in owned]
             raise UnaccountedParameter(
                 f"BatchNorm in training mode{where[0] if where else ''}: the loss of a sample depends on the whole batch, so"
                 " its gradient norm is not defined. Use eval mode, another normalisation, or batchnorm='fixed_statistics',"
@@ -336,13 +395,13 @@ class Recorder(Arrivals):
             )
         self.labels["batchnorm: the statistics of the batch are constants, also for .grad"] = None
         x, eps = given["input"], given.get("eps", 1e-5)
-        with self._apart():
+        with Apart(self):
             plain = func(**(given | {"input": x.detach()}))  # the running statistics move, as without us
             dims = [dim for dim in range(x.dim()) if dim != 1]
             var, mean = torch.var_mean(x.float() if x.dtype != torch.float64 else x, dims, correction=0)
         with self.on():
             out = func(x, mean, var, given.get("weight"), given.get("bias"), False, 0.0, eps)
-        with self._apart():
+        with Apart(self):
             out.detach().copy_(plain)  # the same numbers, to the last digit
         return out
 

@@ -1,9 +1,11 @@
 """Tensors by sample: moves the sample axis to the front, and takes one sample out of a tensor."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from adaselect_kernels.grad_norms.layout import Layout
+from adaselect_kernels.grad_norms.layout import LEADING, Layout
 
 
 class Rows:
@@ -25,6 +27,8 @@ class Rows:
 
     def by_sample(self, tensor: Tensor, layout: Layout) -> Tensor:
         """[samples, F, ...]: F positions of a sample that stood along its axis, then the other dimensions in order."""
+        if layout == LEADING and self._ids is None:
+            return tensor.unsqueeze(1)
         split = tensor.unflatten(layout.dim, (layout.outer, self.count, layout.inner))
         rows = split.movedim((layout.dim + 1, layout.dim, layout.dim + 2), (0, 1, 2)).flatten(1, 2)
         if self._ids is None:
@@ -32,6 +36,15 @@ class Rows:
         found = rows[self._padded.clamp(min=0)]
         there = (self._padded >= 0).view(*self._padded.shape, *[1] * (rows.dim() - 1))
         return (found * there).flatten(1, 2)
+
+    def positions(self, tensor: Tensor, layout: Layout, trailing: int = 1) -> Tensor:
+        """[samples, P, F]: all positions of a sample together, and the last `trailing` dimensions as F features."""
+        as_it_stands = layout == LEADING and self._ids is None and trailing == 1 and tensor.dim() == 3
+        found = tensor if as_it_stands else self.by_sample(tensor, layout)
+        shape, split = found.shape, found.dim() - trailing
+        if len(shape) == 3 and trailing == 1:
+            return found
+        return found.reshape(shape[0], math.prod(shape[1:split]), math.prod(shape[split:]))
 
     def one(self, tensor: Tensor, layout: Layout, sample: int) -> Tensor:
         """The tensor with the axis cut down to one sample: what the function would have been given for it alone."""

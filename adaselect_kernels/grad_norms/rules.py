@@ -18,7 +18,7 @@ from adaselect_kernels.grad_norms.layout import Layout
 from adaselect_kernels.grad_norms.rows import Rows
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A call that has a rule. `sq_norms(rows, x, layout, grads, grads_layout, weight, bias)` -> [samples].
 
@@ -32,7 +32,7 @@ class Call:
     sq_norms: Callable[..., Tensor | None]  # None: not this way, by calling again
     positions: Callable[..., tuple[Tensor, ...]] | None = None
     isometric: bool = True  # the norm does not depend on how the parameter is transposed or shaped
-    moments: Callable[[Tensor], tuple[Tensor, Tensor] | None] = lambda out: None
+    moments: Callable[[Tensor], tuple[Tensor, Tensor] | None] | None = None
 
 
 def _operator(name: str, tensor: Tensor) -> Callable[..., Any]:
@@ -53,23 +53,20 @@ def _given(**roles: Tensor | None) -> dict[str, Tensor]:
 
 def _linear_positions(rows: Rows, x: Tensor, layout: Layout, grads: Tensor, grads_layout: Layout) -> tuple[Tensor, ...]:
     """A [N, T, d], G [N, T, p]."""
-    a, g = rows.by_sample(_same_dtype(x, grads), layout), rows.by_sample(grads, grads_layout)
-    return tuple(t.reshape(t.shape[0], math.prod(t.shape[1:-1]), t.shape[-1]) for t in (a, g))
+    return rows.positions(_same_dtype(x, grads), layout), rows.positions(grads, grads_layout)
 
 
 def linear_sq_norms(a: Tensor, g: Tensor, weight: bool, bias: bool) -> Tensor:
     return _operator("linear_grad_sq_norms", g)(a, g, weight, bias, "auto")
 
 
+def _linear_call_sq_norms(rows, x, layout, grads, grads_layout, weight, bias) -> Tensor:
+    a, g = _linear_positions(rows, x, layout, grads, grads_layout)
+    return linear_sq_norms(a, g, weight, bias)
+
+
 def _linear_call(x: Tensor, roles: dict[str, Tensor]) -> Call | None:
-    if x.dim() < 2:
-        return None
-
-    def sq_norms(rows, x, layout, grads, grads_layout, weight, bias) -> Tensor:
-        a, g = _linear_positions(rows, x, layout, grads, grads_layout)
-        return linear_sq_norms(a, g, weight, bias)
-
-    return Call("linear", x, roles, sq_norms, _linear_positions)
+    return None if x.dim() < 2 else Call("linear", x, roles, _linear_call_sq_norms, _linear_positions)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
@@ -237,11 +234,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _trailing(rows: Rows, tensor: Tensor, layout: Layout, dims: int) -> Tensor | None:
     """[N, T, C], C = the last `dims` dimensions together."""
-    if layout.dim >= tensor.dim() - dims:
-        return None
-    found = rows.by_sample(tensor, layout)
-    features = math.prod(tensor.shape[tensor.dim() - dims :])
-    return found.reshape(found.shape[0], math.prod(found.shape[1 : found.dim() - dims]), features)
+    return None if layout.dim >= tensor.dim() - dims else rows.positions(tensor, layout, dims)
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Call:
@@ -254,7 +247,7 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5) -> Ca
         if moments is None:
             _, *moments = torch.native_layer_norm(_wide(values), values.shape[2:], None, None, eps)
         else:  # [..., 1 for each normalized dimension]
-            moments = [rows.by_sample(m, layout).reshape(*values.shape[:2], 1) for m in moments]
+            moments = [rows.positions(m, layout, dims) for m in moments]
         mean, rstd = (m.expand_as(values) for m in moments)
         return values, mean, rstd, g
 

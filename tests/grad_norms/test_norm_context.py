@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -450,6 +451,43 @@ class TestMemory:
         assert extra[deep] <= 2 * layer + 8 * rows, f"{extra[deep]} bytes; the largest layer takes {layer}"
         assert extra[deep] - extra[shallow] <= layer / 2 + 8 * rows, f"grows with the depth: {extra}"
         assert extra[deep] < per_sample_weights, "as much as a gradient a sample"
+
+
+class Written(nn.Module):
+    """Writes to the input of a layer, or to its output, after the call."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.last, self.shift = nn.Linear(6, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+        self.where = where
+
+    def forward(self, x):
+        h = self.first(x)
+        out = self.last(h)
+        (h if self.where == "input" else out).add_(self.shift)
+        return out
+
+
+@pytest.mark.parametrize("mode", ["plain", "fused", "none"])
+def test_an_input_that_is_written_to_afterwards_is_refused_as_autograd_does(mode):
+    """Also where the backward pass itself needs it no more: the norm would be that of another input."""
+    model, x = Written("input"), torch.randn(5, 6)
+    with (
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+        PerSampleGradNorm(model, weight_gradients=mode),
+    ):
+        wave(model(x)).backward()
+
+
+@pytest.mark.parametrize("mode", ["plain", "none"])
+def test_a_forward_without_a_backward_leaves_nothing(mode):
+    """Not even for the collector: what a call keeps for the backward pass does not keep the call's own output."""
+    model, x = Written("output"), torch.randn(5, 6)
+    with PerSampleGradNorm(model, weight_gradients=mode):
+        out = model(x)
+    output = weakref.ref(out)
+    del out
+    assert output() is None
 
 
 @pytest.mark.parametrize("hooked", [False, True])
