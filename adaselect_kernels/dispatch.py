@@ -75,8 +75,8 @@ def resolve(impl: str, device: torch.device, operator: str | None = None) -> Any
 
     Raises ValueError for an unknown name, RuntimeError with every reason when an explicit request cannot be served.
     """
-    if impl == "auto":
-        impl = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if impl == "auto" and ENVIRONMENT_VARIABLE in os.environ:  # get() raises and catches an error where it is not
+        impl = os.environ[ENVIRONMENT_VARIABLE]
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if not traced and (impl, device.type) in _EAGER:
         return _EAGER[impl, device.type]

@@ -52,17 +52,18 @@ class Use:
         *("moments", "kept", "fused", "__weakref__"),
     )
 
-    def __init__(self, func, name: str, args, kwargs, call: rules.Call | None) -> None:
+    def __init__(
+        self, func, name: str, args, kwargs, call: rules.Call | None, shared: dict[str, Tensor], layouts: list[Layout]
+    ) -> None:
         self.func, self.name, self.args, self.kwargs, self.call = func, name, args, kwargs, call
-        self.shared: dict[str, Tensor] = {}  # role -> tensor, of the wanted ones
-        self.leaves: list[Leaf] = []  # whose gradient it is a part of
-        self.layouts: list[Layout] = []  # of the sample tensors, in the order of their slots
+        self.shared = shared  # role -> tensor, of the wanted ones
+        self.leaves: Sequence[Leaf] = ()  # whose gradient it is a part of
+        self.layouts = layouts  # of the sample tensors, in the order of their slots
+        self.out_layouts: Sequence[Layout] = ()
         self.aligned: dict[int, Layout] = {}  # id of a shared tensor -> where its own sample axis is
-        self.out_layouts: list[Layout] = []
         self.late = torch._C._current_graph_task_id() != -1
-        self.moments: tuple[Tensor, Tensor] | None = (
-            None  # mean and rstd of a normalisation, where they need not be found again
-        )
+        # mean and rstd of a normalisation, where they need not be found again
+        self.moments: tuple[Tensor, Tensor] | None = None
         self.kept: Held | Packed | None = None  # the sample tensors
         self.fused = False
 

@@ -5,8 +5,8 @@ Exact or unknown: a layout that cannot be told is None, and a layer that meets a
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ _DEFAULT_DIM: dict[str, int] = dict.fromkeys(
 # Only the first argument's values go into the result; the others name a shape, a type or a device.
 _LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 _FACTORIES = {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "new_empty_strided"}
+PARTIAL = _LIKE | _FACTORIES
 # Positions meet in a window, and all but the first two dimensions are positions.
 _WINDOWS = (
     "pool",
@@ -89,52 +90,51 @@ def _kinds(name: str) -> tuple[str, str]:
 
 
 def sources(name: str, args: Sequence[Any], known: list[Known]) -> list[Known]:
-    """Those of the sample tensors among the arguments whose values go into the result."""
+    """Those of the sample tensors among the arguments whose values go into the result of a function of PARTIAL."""
     if name in _FACTORIES:
         return []
-    return [one for one in known if one[0] is args[0]] if name in _LIKE and args else known
+    return [one for one in known if one[0] is args[0]] if args else known
 
 
 def through(
-    name: str, args: Sequence[Any], kwargs: dict[str, Any], known: Sequence[Known], rows: int
-) -> Callable[[Tensor], Layout | None]:
-    """The layout of each output of function `name`, from the layouts `known` of its sample tensors."""
+    out: Tensor, name: str, args: Sequence[Any], kwargs: dict[str, Any], known: Sequence[Known], rows: int
+) -> Layout | None:
+    """The layout of an output of function `name`, from the layouts `known` of its sample tensors."""
     for _, layout in known:
         if layout is None:
-            return lambda out: None
-    found = cast(Sequence[tuple[Tensor, Layout]], known)
+            return None
+    found: Sequence[tuple[Tensor, Layout]] = known  # pyright: ignore[reportAssignmentType]
     moves, mixes = _kinds(name)
     if mixes and _mixes(mixes, name, args, kwargs, found):
-        return lambda out: None
+        return None
     if not moves:
-        return lambda out: _prefix(found, out)
+        return _prefix(found, out)
     subject, layout = found[0]
     is_subject = bool(args) and args[0] is subject
     if moves == "einsum":
-        return lambda out: _einsum(args, found, out)
+        return _einsum(args, found, out)
     if moves == "stack":
         at = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (subject.dim() + 1)
-        return lambda out: _agree([_shift(given, int(at <= given.dim)) for _, given in found])
+        return _agree([_shift(given, int(at <= given.dim)) for _, given in found])
     if is_subject and moves == "reshape":
-        return lambda out: _reshaped(subject.shape, layout, out.shape, rows)
+        return _reshaped(subject.shape, layout, out.shape, rows)
     if is_subject and moves == "expand":
-        return lambda out: _same_size(_shift(layout, out.dim() - subject.dim()), out, layout, rows)
+        return _same_size(_shift(layout, out.dim() - subject.dim()), out, layout, rows)
     if is_subject and moves == "permute":
-        place = _place(name, args, kwargs, subject.dim(), layout.dim)
-        return lambda out: Layout(place, layout.outer, layout.inner)
+        return Layout(_place(name, args, kwargs, subject.dim(), layout.dim), layout.outer, layout.inner)
     if is_subject and moves == "index":
         at = _indexed(args[1], subject.dim(), layout.dim)
-        return lambda out: None if at is None else _same_size(layout._replace(dim=at), out, layout, rows)
+        return None if at is None else _same_size(layout._replace(dim=at), out, layout, rows)
     if moves in ("look up", "index"):
-        return lambda out: _same_size(layout, out, layout, rows)
+        return _same_size(layout, out, layout, rows)
     if moves == "along":
         along = _along(name, args, kwargs)
         if along is None or any(d % tensor.dim() == at.dim for tensor, at in found for d in along):
-            return lambda out: None
+            return None
         gone = sum(d % subject.dim() < layout.dim for d in along)
         if is_subject and gone:  # those dimensions are gone, or stay with another size
-            return lambda out: _without(subject, layout, out, len(along), gone, rows)
-    return lambda out: _prefix(found, out)
+            return _without(subject, layout, out, len(along), gone, rows)
+    return _prefix(found, out)
 
 
 def _shift(layout: Layout, by: int) -> Layout:

@@ -109,7 +109,7 @@ class Recorder(Arrivals):
         if kwargs:
             tensors += tensors_in(kwargs)
         known, shared, others = self._sorted(tensors)
-        if known:
+        if known and name in layout.PARTIAL:
             known = layout.sources(name, args, known)
         if shared and others:
             known = [*known, *self._adopted(others)]
@@ -155,15 +155,12 @@ class Recorder(Arrivals):
     def _mark(self, out: Any, name: str, args, kwargs, known, writes: bool) -> list[Tensor]:
         """Give the outputs their layouts; returns them."""
         assert self.rows is not None
-        where = layout.through(name, args, kwargs, known, self.rows.count)
-        if type(out) is Tensor:
-            found = [out]
-            self._set_layout(out, where(out))
-        else:
-            found = tensors_in(out)
-            for i, tensor in enumerate(found):
-                # behind the output, recurrent layers give the last states [layers, N, H], whatever the order of the input is
-                self._set_layout(tensor, Layout(tensor.dim() - 2) if i and name in layout.RECURRENT else where(tensor))
+        rows, found = self.rows.count, tensors_in(out)
+        for tensor in found:
+            # behind the output, recurrent layers give the last states [layers, N, H], whatever the order of the input is
+            last = name in layout.RECURRENT and tensor is not found[0]
+            where = Layout(tensor.dim() - 2) if last else layout.through(tensor, name, args, kwargs, known, rows)
+            self._set_layout(tensor, where)
         if name == "__setitem__" and isinstance(args[0], Tensor):
             target = args[0]
             front = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
@@ -171,7 +168,7 @@ class Recorder(Arrivals):
             leading = whole and target.dim() and target.shape[0] == self.rows.count
             self._set_layout(target, LEADING if leading and all(at == LEADING for _, at in known) else None)
         elif writes and isinstance(args[0], Tensor) and not any(tensor is args[0] for tensor in found):
-            self._set_layout(args[0], where(args[0]))
+            self._set_layout(args[0], layout.through(args[0], name, args, kwargs, known, rows))
         return found
 
     def _set_layout(self, tensor: Tensor, where: Layout | None) -> None:
@@ -214,8 +211,7 @@ class Recorder(Arrivals):
         out = self._call(func, args, kwargs)
         outputs = [tensor for tensor in tensors_in(out) if tensor.requires_grad]
         self._account(outputs, above)
-        keys = {id(leaf.parameter) for _, of in shared for leaf in of.sources}
-        sources = tuple([self.leaves[key] for key in sorted(keys)])
+        sources = tuple(dict.fromkeys([leaf for _, of in shared for leaf in of.sources]))
         whole = shared[0][1].whole if len(shared) == 1 and functions.selects(name, args, kwargs) else None
         made = shared_of(sources, whole)
         for tensor in outputs:
@@ -275,14 +271,16 @@ class Recorder(Arrivals):
 
     def _record(self, func, name: str, writes: bool, args, kwargs, tensors, shared, wanted, known, call) -> Any:
         above = {tensor.grad_fn for tensor in tensors}
-        slots = {id(known[i][0]): Slot(i) for i in reversed(range(len(known)))}
-        use = Use(func, name, swapped(args, slots), swapped(kwargs, slots), call)
+        slots: dict[int, Slot] = {}
+        for i, (tensor, _) in enumerate(known):
+            slots.setdefault(id(tensor), Slot(i))
         by_id = {id(tensor): of for tensor, of in shared if of.leaves}
         if call is None:
-            use.shared = {str(id(tensor)): tensor for tensor in wanted}
+            roles = {str(id(tensor)): tensor for tensor in wanted}
         else:
-            use.shared = {role: tensor for role, tensor in call.roles.items() if id(tensor) in by_id}
-        use.layouts = [where for _, where in known]
+            roles = {role: tensor for role, tensor in call.roles.items() if id(tensor) in by_id}
+        layouts = [where for _, where in known]
+        use = Use(func, name, swapped(args, slots), swapped(kwargs, slots), call, roles, layouts)
         use.fused = self._may_fuse(name, use, shared)
         apart = self.weight_gradients == "none" or use.fused
         given_args, given_kwargs = _apart(args, kwargs, shared) if apart else (args, kwargs)
