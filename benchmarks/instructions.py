@@ -6,9 +6,7 @@ an instruction of a warp in each of four schedulers at the clock of the publishe
 """
 
 import re
-import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -23,11 +21,10 @@ GROUP = "per_sample_stats"
 
 
 def assembly(compiled: Any) -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout.splitlines()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        return aot._tool("nvdisasm", "-c", cubin.name).splitlines()
 
 
 def instructions(lines: list[str]) -> int | None:
@@ -41,8 +38,8 @@ def rows() -> list[list[str]]:
     found = []
     for case in GROUPS[GROUP].cases(static.CUDA, False):
         (launch,) = static.launches_of(static.CALLS[GROUP], case)
-        options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
-        compiled = triton.compile(launch.source, target=aot.TARGETS[aot.MAIN_TARGET], options=options)
+        target, options = aot.TARGETS[aot.MAIN_TARGET], {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+        compiled = triton.compile(launch.source, target=target, options=options)
         count = instructions(assembly(compiled))
         if count is None:
             continue

@@ -209,8 +209,8 @@ class Arrivals(TorchFunctionMode):
         use.kept = None
         return kept
 
-    def _fired_one(self, use: Use, through: Callable[[Tensor], Tensor] | None, grads: Tensor) -> None:
-        self._fired(use, [grads if through is None else through(grads)])
+    def _fired_one(self, use: Use, through: Callable[[Tensor], Tensor], grads: Tensor) -> None:
+        self._fired(use, [through(grads)])
 
     def _fired(self, use: Use, grads: Sequence[Tensor | None]) -> None:
         if self._closed:

@@ -24,7 +24,7 @@ FOLLOWED, PASSED, SPECIAL = range(3)
 @functools.lru_cache(maxsize=1024)
 def described(func: Any) -> tuple[str, bool, int]:
     """The function's name without marks of operators, whether it writes into its first argument, and how it is taken."""
-    name, writes = canonical(func)
+    name, writes = _canonical(func)
     own = getattr(func, "__name__", "")
     if own == "__set__" or (own == "__get__" and name not in TENSOR_PROPERTIES):
         return name, writes, PASSED
@@ -32,7 +32,7 @@ def described(func: Any) -> tuple[str, bool, int]:
     return name, writes, SPECIAL if func in special else FOLLOWED
 
 
-def canonical(func: Any) -> tuple[str, bool]:
+def _canonical(func: Any) -> tuple[str, bool]:
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         return func.__self__.__name__, False

@@ -29,7 +29,7 @@ def _saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] |
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _apart(args, kwargs, shared: Sequence[tuple[Tensor, Shared]]) -> tuple[Any, Any]:
+def _cut_off(args, kwargs, shared: Sequence[tuple[Tensor, Shared]]) -> tuple[Any, Any]:
     """The arguments with the shared tensors cut off from their gradients."""
     detached = {id(tensor): tensor.detach() for tensor, _ in shared}
     return swapped(args, detached), swapped(kwargs, detached)
@@ -229,7 +229,7 @@ class Recorder(Arrivals):
     def _use(self, func, name: str, writes: bool, args, kwargs, tensors, shared, known) -> Any:
         wanted = [tensor for tensor, of in shared if of.leaves]
         if not wanted:
-            given = _apart(args, kwargs, shared) if self.weight_gradients == "none" else (args, kwargs)
+            given = _cut_off(args, kwargs, shared) if self.weight_gradients == "none" else (args, kwargs)
             out = self._call(func, *given)
             self._mark(out, name, args, kwargs, known, writes)
             return out
@@ -283,7 +283,7 @@ class Recorder(Arrivals):
         use = Use(func, name, swapped(args, slots), swapped(kwargs, slots), call, roles, layouts)
         use.fused = self._may_fuse(name, use, shared)
         apart = self.weight_gradients == "none" or use.fused
-        given_args, given_kwargs = _apart(args, kwargs, shared) if apart else (args, kwargs)
+        given_args, given_kwargs = _cut_off(args, kwargs, shared) if apart else (args, kwargs)
         hooks = _saving_hooks()
         out = func(*given_args, **given_kwargs) if hooks is None else self._call(func, given_args, given_kwargs)
         outputs = self._mark(out, name, args, kwargs, known, writes)
@@ -328,7 +328,7 @@ class Recorder(Arrivals):
         if use.fused:
             pass
         elif len(outputs) == 1:
-            through = None if bases[0] is outputs[0] else seen_through(outputs[0], bases[0])
+            through = seen_through(outputs[0], bases[0])
             bases[0].register_hook(functools.partial(self._fired_one, use, through))
         else:
             torch.autograd.graph.register_multi_grad_hook(outputs, lambda grads: self._fired(use, list(grads)))

@@ -39,10 +39,10 @@ class Rows:
 
     def positions(self, tensor: Tensor, layout: Layout, trailing: int = 1) -> Tensor:
         """[samples, P, F]: all positions of a sample together, and the last `trailing` dimensions as F features."""
-        as_it_stands = layout == LEADING and self._ids is None and trailing == 1 and tensor.dim() == 3
-        found = tensor if as_it_stands else self.by_sample(tensor, layout)
+        leading = layout == LEADING and self._ids is None
+        found = tensor if leading else self.by_sample(tensor, layout)
         shape, split = found.shape, found.dim() - trailing
-        if len(shape) == 3 and trailing == 1:
+        if len(shape) == 3 and split == 2:
             return found
         return found.reshape(shape[0], math.prod(shape[1:split]), math.prod(shape[split:]))
 
