@@ -21,7 +21,6 @@ from adaselect_kernels import AdaSelectionOptions, AdaSelectionState, Selection,
 from adaselect_kernels.options import METHODS, STATS
 
 LOSS_AND_GRAD_NORM = (STATS.index("loss"), STATS.index("grad_norm"))
-PAIRS = 0
 EPS32 = torch.finfo(torch.float32).eps
 
 
