@@ -278,10 +278,11 @@ def test_sums_over_blocks_of_rows_are_rounded_once(generator, monkeypatch):
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
 )
 def test_only_what_is_wanted(generator, monkeypatch, wanted):
-    small_blocks(monkeypatch, torch.bfloat16, 4, 16)
-    hidden, weight, bias = classifier(generator, 7, 5, 19, torch.bfloat16)
-    row_weight, targets = weights_and_targets(generator, 3, 19, torch.bfloat16)
-    row_weight, targets = row_weight.repeat(3)[:7], targets.repeat(3)[:7]
+    small_blocks(monkeypatch, torch.bfloat16, 16, 16)
+    # of few numbers, all of PyTorch's may be lucky
+    hidden, weight, bias = classifier(generator, 90, 33, 19, torch.bfloat16)
+    row_weight, targets = weights_and_targets(generator, 90, 19, torch.bfloat16)
+    row_weight[2], targets[2] = row_weight[0], targets[0]  # no weight is NaN
     check_linear(row_weight, hidden, weight.t().contiguous().t(), targets, bias if wanted[2] else None, wanted=wanted)
 
 
